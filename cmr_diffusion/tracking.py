@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT', 'runs_folder', 'tracking_uri', 'Run', 'open_run', 'star
            'log_tags', 'log_figure', 'log_table', 'log_folder', 'find_run', 'resolve_run', 'import_jsonl', 'ui_command']
 
 # %% ../nbs/24_tracking.ipynb #240002
-import atexit, json, logging, os, shutil, sys, tempfile, time
+import atexit, json, logging, os, shlex, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, is_dataclass
@@ -261,9 +261,9 @@ def import_jsonl(
 
 # %% ../nbs/24_tracking.ipynb #240035
 def ui_command(port: int = 5000) -> str:
-    "The line that opens the MLflow UI on the store of runs."
+    "The shell line that opens the MLflow UI on the store of runs."
     uri = tracking_uri()
-    if _local_folder(uri) is None: return f'the runs are at {uri}'
+    if _local_folder(uri) is None: return f'# the runs are at {uri}'
     mlflow = Path(sys.executable).with_name('mlflow')
     if mlflow.is_relative_to(Path.cwd()): mlflow = mlflow.relative_to(Path.cwd())
-    return f'MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} ui --backend-store-uri {uri} --port {port}'
+    return f'MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(str(mlflow))} ui --backend-store-uri {shlex.quote(uri)} --port {port}'
