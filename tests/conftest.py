@@ -1,0 +1,65 @@
+"""A tiny pipeline, run once by the installed commands as a user would type them, that the tests then look at."""
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Workplace:
+    "A folder to work in, with a store of runs of its own."
+    def __init__(self, folder):
+        self.folder = folder
+        self.env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+        self.env['MLFLOW_TRACKING_URI'] = f'sqlite:///{folder}/mlruns/mlflow.db'
+
+    def run(self, name, *words):
+        "A console script of this repository: exit code, standard output, standard error."
+        command = [Path(sys.executable).with_name(name), *map(str, words)]
+        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600)
+
+    def must(self, name, *words):
+        "The same; it has to succeed."
+        done = self.run(name, *words)
+        assert done.returncode == 0, f'{name} {" ".join(map(str, words))}\n{done.stdout}\n{done.stderr}'
+        return done.stdout
+
+
+@pytest.fixture(scope='session')
+def place(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp('work').resolve())
+
+
+@pytest.fixture(scope='session')
+def store(place):
+    "The same store of runs for this process."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MLFLOW_TRACKING_URI', place.env['MLFLOW_TRACKING_URI'])
+        patch.delenv('IN_TEST', raising=False)
+        yield
+
+
+@pytest.fixture(scope='session')
+def phantom(place):
+    place.must('cmr_phantom', 'phantom', '--patients', 5, '--seed', 3)
+    return place.folder/'phantom'
+
+
+@pytest.fixture(scope='session')
+def cache(place, phantom):
+    place.must('cmr_prepare', phantom, 'cache', '--size', 32, '--spacing', '3-4', '--workers', 1)
+    return place.folder/'cache'
+
+
+@pytest.fixture(scope='session')
+def trained(place, cache):
+    "The name of a run that trained for a few steps."
+    place.must('cmr_train', cache, '--preset', 'tiny', '--steps', 8, '--batch_size', 4, '--run_name', 'few_steps', '--device', 'cpu')
+    return 'few_steps'
+
+
+@pytest.fixture(scope='session')
+def synthetic(place, cache, trained):
+    place.must('cmr_sample', trained, '--masks', cache, 'synthetic', '--steps', 3, '--per_mask', 1, '--device', 'cpu')
+    return place.folder/'synthetic'

@@ -1,0 +1,57 @@
+"""Wrong calls end in one line that names what is wrong and what to do, with exit code 2 and no traceback."""
+import pytest
+
+COMMANDS = ('cmr_phantom', 'cmr_prepare', 'cmr_train', 'cmr_sample', 'cmr_evaluate', 'cmr_demo')
+
+
+def one_line(done, *parts):
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
+    for part in parts: assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_names_every_option_and_what_it_does(place, name):
+    done = place.run(name, '--help')
+    assert done.returncode == 0 and 'usage: ' + name in done.stdout
+    options = [line.strip() for line in done.stdout.splitlines() if line.startswith('  --')]
+    assert options and all(len(line.split('  ', 1)) == 2 for line in options), done.stdout  # each with its help
+
+
+def test_options_with_underscores_are_options_with_hyphens(place):
+    for option in ('--run_name', '--run-name'):
+        one_line(place.run('cmr_train', 'no/such/cache', option, 'x'), 'no/such/cache')
+
+
+def test_wrong_path(place, cache, trained):
+    one_line(place.run('cmr_prepare', 'no/such/root', 'c'), 'no/such/root')
+    one_line(place.run('cmr_train', 'no/such/cache'), 'no/such/cache')
+    one_line(place.run('cmr_sample', 'no_such_run', '--masks', cache, 'out'), 'no_such_run')
+    one_line(place.run('cmr_sample', trained, '--masks', 'no/such/masks', 'out'), 'no/such/masks')
+    one_line(place.run('cmr_evaluate', cache, 'no/such/synthetic'), 'no/such/synthetic')
+    assert not (place.folder/'c').exists() and not (place.folder/'out').exists()
+
+
+def test_empty_cohort(place):
+    (place.folder/'empty').mkdir()
+    one_line(place.run('cmr_prepare', 'empty', 'c'), 'empty')
+
+
+def test_unknown_words(place, phantom, cache, trained):
+    one_line(place.run('cmr_prepare', phantom, 'c', '--layout', 'nonsense'), 'nonsense', 'semmelweis')
+    one_line(place.run('cmr_prepare', phantom, 'c', '--type', 'LGE'), 'LGE', 'T1, T2')
+    one_line(place.run('cmr_prepare', phantom, 'c', '--spacing', 'fine'), 'fine')
+    one_line(place.run('cmr_prepare', phantom, 'c', '--split', 'no.csv'), 'no.csv')
+    one_line(place.run('cmr_train', cache, '--preset', 'huge'), 'huge', 'tiny')
+    one_line(place.run('cmr_train', cache, '--recipe', 'cake'), 'cake', 'edm')
+    one_line(place.run('cmr_sample', trained, '--masks', cache, 'out', '--type', 'LGE'), 'LGE')
+    one_line(place.run('cmr_sample', trained, '--masks', cache, 'out', '--split', 'best'), 'best')
+
+
+def test_a_slice_larger_than_the_grid_is_never_cut(place, phantom):
+    one_line(place.run('cmr_prepare', phantom, 'c', '--size', 64, '--spacing', 'native', '--crop', 'none'), '64 x 64', '--size', '--crop heart')
+
+
+def test_a_checkpoint_of_another_shape(place, phantom, cache, trained):
+    place.must('cmr_prepare', phantom, 'only_T1', '--size', 32, '--spacing', '3-4', '--type', 'T1', '--workers', 1)
+    one_line(place.run('cmr_train', 'only_T1', '--init', trained, '--steps', 1), trained)
