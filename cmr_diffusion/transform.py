@@ -85,32 +85,39 @@ def _axis(
     return min(max(round(centre), low), high) - before * factor, size
 
 # %% ../nbs/08_transform.ipynb #080013
-def _weights(
+def _taps(
     start: float, used: int,  # native coordinate of the first pixel, number of pixels
     factor: float,  # native pixels a grid pixel
     length: int  # native pixels along the axis
-) -> tuple[np.ndarray, slice]:  # (used, n) float32, the n native pixels they apply to
-    "Weights of the native pixels for each grid pixel along one axis."
+) -> tuple[np.ndarray, np.ndarray, slice]:  # weights (used, t) float32, taps (used, t) counted from the start of the native pixels that are needed
+    "Which native pixels each grid pixel along one axis is the mean of."
     width = max(factor, 1.)
-    first = max(0, math.floor(start - width) + 1)
-    last = min(length, math.ceil(start + factor * (used - 1) + width))
     at = start + factor * np.arange(used)[:, None]
     at = at.clip(0, length - 1) if factor < 1 else at  # beyond the outer pixel centres: the outer pixel
-    w = np.maximum(0, 1 - np.abs(at - np.arange(first, last)) / width)
-    return (w / w.sum(1, keepdims=True)).astype(np.float32), slice(first, last)
+    taps = np.floor(at - width).astype(int) + 1 + np.arange(math.ceil(2 * width))
+    w = np.maximum(0, 1 - np.abs(at - taps) / width) * ((taps >= 0) & (taps < length))
+    first, last = max(0, taps[0, 0]), min(length, math.ceil(at[-1, 0] + width))
+    return (w / w.sum(1, keepdims=True)).astype(np.float32), taps.clip(first, last - 1) - first, slice(first, last)
+
+def _resample(
+    image: np.ndarray,  # (r, c, ...) float32
+    down: tuple, right: tuple  # weights and taps of rows and of columns
+) -> np.ndarray:  # (rows, columns, ...) float32
+    "Weighted means along rows, then columns. (`einsum` and no matrix product: threads of a BLAS cost more than they do here.)"
+    for w, taps in (down, right): image = np.einsum('jt,jt...->j...', w, image[taps]).swapaxes(0, 1)
+    return image
 
 # %% ../nbs/08_transform.ipynb #080016
 def _resample_labels(
     labels: np.ndarray,  # (r, c) uint8
-    down: np.ndarray, right: np.ndarray  # weights (rows, r) and (columns, c)
+    down: tuple, right: tuple  # weights and taps of rows and of columns
 ) -> np.ndarray:  # (rows, columns) uint8
     "Each pixel takes the structure with the largest share of it."
     present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-    if len(present) == 1: return np.full((len(down), len(right)), present[0], np.uint8)
-    present = sorted(present, key=lambda n: n != MYOCARDIUM)
-    shares = down @ (labels == np.array(present)[:, None, None]).astype(np.float32) @ right.T
-    shares[0] += 1e-5  # a tie must not hang on rounding
-    return np.array(present, np.uint8)[shares.argmax(0)]
+    present = np.array(sorted(present, key=lambda n: n != MYOCARDIUM), np.uint8)
+    shares = _resample((labels[..., None] == present).astype(np.float32), down, right)
+    shares[..., 0] += 1e-5  # a tie must not hang on rounding
+    return present[shares.argmax(-1)]
 
 # %% ../nbs/08_transform.ipynb #080020
 def _describe(slice: Slice) -> str: return 'slice ' + ('/'.join(p for p in (slice.patient, slice.type, slice.name) if p) or '(unnamed)')
@@ -154,7 +161,8 @@ def _centre(
     if not heart.any():
         if all(max(1, round(n / f)) <= geometry.size for n, f in zip(heart.shape, factors)): return None, None  # kept whole
         raise CMRError(f'{_describe(slice)}: no structure in its label map to crop about; leave it out, or use --crop none')
-    centre = [float(heart.sum(1 - a) @ np.arange(heart.shape[a]) / heart.sum()) for a in (0, 1)]
+    sums = [np.add.reduce(heart, 1 - a, dtype=np.uint16) for a in (0, 1)]  # pixels of the heart in each row, each column
+    centre = [float((n * np.arange(len(n))).sum() / n.sum()) for n in sums]
     shift = (0, 0) if rng is None or not geometry.jitter else rng.integers(-geometry.jitter, geometry.jitter + 1, 2)
     return tuple(c + s * f for c, s, f in zip(centre, shift, factors))
 
@@ -169,10 +177,10 @@ def place(
     factors, spacing = _factors(slice, geometry, rng)
     centres = _centre(slice, geometry, factors, rng)
     axes = [_axis(n, f, geometry.size, c) for n, f, c in zip(slice.pixels.shape, factors, centres)]
-    (down, rows), (right, columns) = [_weights(*a, f, n) for a, f, n in zip(axes, factors, slice.pixels.shape)]
+    (*down, rows), (*right, columns) = [_taps(*a, f, n) for a, f, n in zip(axes, factors, slice.pixels.shape)]
     pixels = slice.pixels[rows, columns].astype(np.float32)
     labels = np.zeros(pixels.shape, np.uint8) if slice.labels is None else slice.labels[rows, columns]
-    if factors != (1., 1.): pixels, labels = down @ pixels @ right.T, _resample_labels(labels, down, right)
+    if factors != (1., 1.): pixels, labels = _resample(pixels, down, right), _resample_labels(labels, down, right)
     if not image_type(slice.type).quantitative:
         if not slice.robust_max > 0: raise CMRError(f'{_describe(slice)}: {slice.type} needs the robust maximum of its volume (robust_max); read it through a cohort table')
         pixels = pixels / np.float32(slice.robust_max)
