@@ -15,12 +15,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pydicom
 
-from .core import (BACKGROUND, LEFT_VENTRICLE, MYOCARDIUM, RIGHT_VENTRICLE, CMRError, Slice, image_type,
-                                stable_seed)
+from .core import (BACKGROUND, LEFT_VENTRICLE, MYOCARDIUM, RIGHT_VENTRICLE, CMRError, Slice, atomic_path,
+                                image_type, stable_seed)
+from .dicom import write_dicom
+from .layouts import write_semmelweis
 
 # %% ../nbs/07_phantom.ipynb #070006
 # name: proton density, T1 and T2 in ms at 1.5 T, T1 and T2 at 3 T, spread between patients of T1 and T2 (relative)
@@ -435,7 +439,7 @@ def fit_t2(
     t2 = 1/np.where(rate > 1/maximum, rate, np.float32(np.inf))
     return t2.astype(np.float32).reshape(images.shape[1:])
 
-# %% ../nbs/07_phantom.ipynb #070045
+# %% ../nbs/07_phantom.ipynb #070050
 LV_SHIFT = 1.2  # mm, standard deviation of the shift between the T1 and T2 acquisitions
 
 def acquire(
@@ -467,7 +471,7 @@ def phantom_slice(
     pixels = fit_t1(images, times) if type == 'T1' else fit_t2(images, times)
     return Slice(pixels, p.spacing, type, labels, p.key, name)
 
-# %% ../nbs/07_phantom.ipynb #070046
+# %% ../nbs/07_phantom.ipynb #070051
 def phantom_slices(
     patients: int | Iterable[int] = 12,  # how many, or their numbers (from 1)
     seed: int = 0,  # the same seed gives the same pixels
@@ -486,17 +490,33 @@ def phantom_slices(
             if len(waiting) > 2*threads: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/07_phantom.ipynb #070053
+# %% ../nbs/07_phantom.ipynb #070058
+def _write_sources(root, p, type, name, seed):
+    "The weighted images of one slice, into the folder of its contours."
+    images, times, _ = acquire(p, type, name)
+    folder = next(f for f in (root/p.key).glob(f'{type}_map_*') if f.name.rstrip('_').endswith(name.lower()))
+    for k, (image, time) in enumerate(zip(images, times), 1):
+        source = Slice(image, p.spacing, f'{type}w', patient=p.key, name=f'{name}_{k}', robust_max=float(np.percentile(images, 99.5)))
+        path = write_dicom(folder/f'{k:02d}.dcm', source, synthetic=True, series_description=f'{type} map {name} source', seed=seed, instance=k)
+        ds = pydicom.dcmread(path)
+        if type == 'T1': ds.InversionTime = round(float(time), 1)
+        else: ds.ImageComments = f'T2 preparation {time:g} ms'
+        ds.MagneticFieldStrength, ds.HeartRate = p.field, round(p.heart_rate)
+        with atomic_path(path) as new: ds.save_as(new, enforce_file_format=True)
+
 def make_phantom(
     out: Path | str,  # folder of the new cohort
     patients: int = 12,
     seed: int = 0,  # the same seed gives the same files, byte for byte
     types: tuple[str, ...] = ('T1', 'T2'),
     field: float = 1.5,  # T
-    right_ventricle: bool = True  # in the label maps
+    right_ventricle: bool = True,  # in the label maps
+    sources: bool = False  # write the weighted images too
 ) -> Path:  # `out`
     "Write a phantom cohort in the Semmelweis layout."
-    from cmr_diffusion.layouts import write_semmelweis
     if patients < 1: raise CMRError(f'patients={patients}: a phantom cohort has at least one patient')
-    write_semmelweis(Path(out), phantom_slices(patients, seed, types, field, right_ventricle), synthetic=True, seed=seed)
-    return Path(out)
+    root = write_semmelweis(out, phantom_slices(patients, seed, types, field, right_ventricle), synthetic=True, seed=seed)
+    if sources:
+        for p in (draw_patient(i + 1, seed, field) for i in range(patients)):
+            for type, name in product(types, LEVELS): _write_sources(root, p, type, name, seed)
+    return root
