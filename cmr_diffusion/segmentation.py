@@ -40,7 +40,7 @@ def toy_arrays(
     for p in range(patients):
         cavity, wall = rng.uniform(.12, .17), rng.uniform(.07, .1)
         for t, kind in enumerate(types):
-            grey = np.roll([-.7, -.1, .6, .5], t) + rng.normal(0, .05, 4)  # background, myocardium, two cavities
+            grey = (1 - .3 * t) * (np.array([-.7, -.1, .6, .5]) + rng.normal(0, .05, 4))  # background, myocardium, two cavities
             for s in range(slices):
                 row, column = rng.uniform(.42, .54, 2)
                 radius, beside = np.hypot(r - row, c - column), np.hypot(r - row, (c - column + .23) / .9)
