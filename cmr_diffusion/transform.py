@@ -113,11 +113,21 @@ def _resample_labels(
     down: tuple, right: tuple  # weights and taps of rows and of columns
 ) -> np.ndarray:  # (rows, columns) uint8
     "Each pixel takes the structure with the largest share of it."
-    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+    mask, axes = labels != BACKGROUND, []
+    out = np.full((len(down[0]), len(right[0])), BACKGROUND, np.uint8)
+    if not mask.any(): return out
+    for axis, (w, taps) in enumerate((down, right)):  # only grid pixels that see the heart, and the native ones they see
+        seen = np.flatnonzero(mask.any(1 - axis)[taps].any(1))
+        own = slice(seen[0], seen[-1] + 1); first = taps[own].min()
+        axes.append((own, slice(first, taps[own].max() + 1), (w[own], taps[own] - first)))
+    (rows, native_rows, down), (columns, native_columns, right) = axes
+    labels = labels[native_rows, native_columns]
+    present = np.flatnonzero(np.bincount(labels.ravel()))
     present = np.array(sorted(present, key=lambda n: n != MYOCARDIUM), np.uint8)
     shares = _resample((labels[..., None] == present).astype(np.float32), down, right)
     shares[..., 0] += 1e-5  # a tie must not hang on rounding
-    return present[shares.argmax(-1)]
+    out[rows, columns] = present[shares.argmax(-1)]
+    return out
 
 # %% ../nbs/08_transform.ipynb #080020
 def _describe(slice: Slice) -> str: return 'slice ' + ('/'.join(p for p in (slice.patient, slice.type, slice.name) if p) or '(unnamed)')
