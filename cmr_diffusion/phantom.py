@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TISSUES', 'AIR', 'LUNG', 'FAT', 'MUSCLE', 'MARROW', 'FLUID', 'LIVER', 'SPLEEN', 'MYO', 'LESION', 'BLOOD', 'VENOUS',
            'PAPILLARY', 'TRABECULA', 'RV_WALL', 'LV_BLOOD', 'RV_BLOOD', 'SUBSTANCE', 'LABEL', 'LEVELS', 'MATRICES',
-           'ECHOES', 'GRID', 'SHIFT', 'Patient', 'draw_patient', 'Canvas', 'draw_chest', 'draw_heart', 'regions',
-           'label_of', 'Readout', 'relax', 'pulse', 'read', 'molli', 't2_prepared', 'partial_volume', 'magnitude',
-           'coils', 'fit_t1', 'fit_t2', 'acquire', 'phantom_slice', 'phantom_slices', 'make_phantom']
+           'ECHOES', 'GRID', 'SHIFT', 'Patient', 'draw_patient', 'Canvas', 'draw_torso', 'draw_organs', 'draw_heart',
+           'draw_left', 'regions', 'label_of', 'Readout', 'relax', 'pulse', 'read', 'molli', 't2_prepared',
+           'partial_volume', 'magnitude', 'coils', 'fit_t1', 'fit_t2', 'acquire', 'phantom_slice', 'phantom_slices',
+           'make_phantom']
 
 # %% ../nbs/07_phantom.ipynb #070003
 import math
@@ -139,28 +140,34 @@ class Canvas:
             np.copyto(self.regions[band], np.uint8(region), where=inside)
 
 # %% ../nbs/07_phantom.ipynb #070015
-def draw_chest(
+def draw_torso(
     canvas: Canvas,
     p: Patient,
-    level: float  # 0 base ... 1 apex
+    rng: np.random.Generator
 ):
-    "Paint the chest without the heart."
-    rng, b = np.random.default_rng(stable_seed(p.seed, 'chest', level)), p.body
-    jitter = np.random.default_rng(p.seed).normal(0, 4, (12, 2))
-    at = lambda i, x, y: (b*x + jitter[i, 0], b*y + jitter[i, 1])
-    c, s = math.cos(p.tilt), math.sin(p.tilt)
+    "Paint skin fat, muscle, ribs and lungs; what is painted next stays inside."
+    b, c, s = p.body, math.cos(p.tilt), math.sin(p.tilt)
     top, bottom = min(-64*b, p.centre[1] - 1.3*(p.cavity + p.wall) - p.fat - 6), 140*b
     middle, axes = (-4*b, (top + bottom)/2), np.array((154*b, (bottom - top)/2))
     for region, inset in ((FAT, -p.fat), (MUSCLE, 0), (LUNG, 17*b)): canvas.ellipse(region, middle, axes - inset, p.tilt, square=0.35)
+    ring = axes - 9*b
     for a in np.arange(0, 2*math.pi, 0.31) + rng.uniform(0, 0.3):  # ribs
-        ring = axes - 9*b
         x, y, along = 1.03*ring[0]*math.cos(a), 1.03*ring[1]*math.sin(a), math.atan2(ring[1]*math.cos(a), -ring[0]*math.sin(a))
         canvas.ellipse(MARROW, (middle[0] + x*c - y*s, middle[1] + x*s + y*c), (9, 4.5), along + p.tilt, over=MUSCLE)
     canvas.within = (canvas.regions != AIR) & (canvas.regions != FAT)
     for _ in range(60):  # vessels of the lungs
         r = rng.gamma(2.5, 0.7)
         canvas.ellipse(VENOUS, (rng.uniform(-150, 150)*b, rng.uniform(-60, 120)*b), (r, r*rng.uniform(1, 2.5)), rng.uniform(0, math.pi), over=LUNG)
-    rise = 34*(level - 0.5)
+
+def draw_organs(
+    canvas: Canvas,
+    p: Patient,
+    level: float,  # 0 base ... 1 apex
+    rng: np.random.Generator
+):
+    "Paint diaphragm, liver, spleen, stomach, spine and the great vessels."
+    b, rise, jitter = p.body, 34*(level - 0.5), np.random.default_rng(p.seed).normal(0, 4, (9, 2))
+    at = lambda i, x, y: (b*x + jitter[i, 0], b*y + jitter[i, 1])
     canvas.ellipse(MUSCLE, at(1, -92, 70 - rise), (81*b, 59*b), 0.25, over=LUNG)  # diaphragm
     canvas.ellipse(LIVER, at(1, -92, 70 - rise), (78*b, 56*b), 0.25)
     canvas.ellipse(LIVER, at(2, -15, 63 - rise), (66*b, 26*b), 0.1)
@@ -184,39 +191,44 @@ def draw_chest(
 def draw_heart(
     canvas: Canvas,
     p: Patient,
-    level: float  # 0 base ... 1 apex
+    level: float,  # 0 base ... 1 apex
+    rng: np.random.Generator
 ):
-    "Paint the heart."
-    rng = np.random.default_rng(stable_seed(p.seed, 'heart', level))
-    taper = 1.05 - 0.1*level - 0.36*max(0, level - 0.5)/0.5
-    wall = max(p.wall*(1 - 0.28*max(0, level - 0.5)/0.5), 2.6*max(p.spacing))
-    cavity, (cx, cy) = p.cavity*taper, np.array(p.centre) + (8*level, 6*level) + rng.normal(0, 1.5, 2)
-    outer, width = cavity + wall, p.right*(1.18 - 0.2*level - 0.5*max(0, level - 0.5))
-    across, along = 0.5*width + 0.5*outer, outer*1.12 + 4*(1 - level)
-    u = np.array((math.cos(p.septum), math.sin(p.septum)))
-    rv = (cx + u[0]*(outer + width - across), cy + u[1]*(outer + width - across))
-    canvas.ellipse(FAT, (cx, cy), (outer + 4, outer + 3))
-    for region, inset in ((FAT, -6), (RV_WALL, 0), (RV_BLOOD, 3.2)): canvas.ellipse(region, rv, (across - inset, along - inset), p.septum)
-    for _ in range(4):  # trabeculae of the right ventricle
-        a, r = rng.uniform(-1, 1), rng.uniform(1.2, 2.2)
-        canvas.ellipse(TRABECULA, (rv[0] + (across - 4)*math.cos(p.septum + a), rv[1] + (across - 4)*math.sin(p.septum + a)), (r, r), over=RV_BLOOD)
-    box = canvas.box((cx, cy), 1.2*outer + 4)
-    x, y = canvas.x[box] - np.float32(cx), canvas.y[box] - np.float32(cy)
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    e, e_at, h, h_at = p.shape
-    bumps = 1 + e*np.cos(2*(angle - e_at)) + h*np.cos(3*(angle - h_at))
-    inner, thick = cavity*bumps, wall*(1 + 0.08*np.cos(angle - p.septum))
-    depth = (radius - inner)/thick  # 0 endocardium ... 1 epicardium
+    "Paint epicardial fat and both ventricles."
+    narrow = max(0, level - 0.5)/0.5  # 0 down to the middle, 1 at the apex
+    cavity, wall = p.cavity*(1.05 - 0.1*level - 0.36*narrow), max(p.wall*(1 - 0.28*narrow), 2.6*max(p.spacing))
+    cx, cy = centre = np.array(p.centre) + (8*level, 6*level) + rng.normal(0, 1.5, 2)
+    outer, width = cavity + wall, p.right*(1.18 - 0.2*level - 0.25*narrow)
+    axes = np.array((0.5*(width + outer), outer*1.12 + 4*(1 - level)))  # of the right ventricle, across and along the septum
+    rx, ry = cx + math.cos(p.septum)*(outer + width - axes[0]), cy + math.sin(p.septum)*(outer + width - axes[0])
+    canvas.ellipse(FAT, centre, (outer + 4, outer + 3))
+    for region, inset in ((FAT, -6), (RV_WALL, 0), (RV_BLOOD, 3.2)): canvas.ellipse(region, (rx, ry), axes - inset, p.septum)
+    for a, r in zip(p.septum + rng.uniform(-1, 1, 4), rng.uniform(1.2, 2.2, 4)):
+        canvas.ellipse(TRABECULA, (rx + (axes[0] - 4)*math.cos(a), ry + (axes[0] - 4)*math.sin(a)), (r, r), over=RV_BLOOD)
+    draw_left(canvas, p, centre, cavity, wall)
+    for direction in p.septum + np.array((2.0, -2.1)) + rng.normal(0, 0.12, 2):  # papillary muscles
+        r, size = cavity*rng.uniform(0.62, 0.78), rng.uniform(2.6, 4.2)*min(0.5 + level, 1)
+        canvas.ellipse(PAPILLARY, (cx + r*math.cos(direction), cy + r*math.sin(direction)), (size*1.3, size), direction, over=LV_BLOOD)
+
+def draw_left(
+    canvas: Canvas,
+    p: Patient,
+    centre: np.ndarray,  # x, y in mm
+    cavity: float,  # radius, mm
+    wall: float  # thickness, mm
+):
+    "Paint the left ventricle's wall, the lesion in it, and its cavity."
+    box = canvas.box(centre, 1.2*(cavity + wall) + 4)
+    x, y = canvas.x[box] - np.float32(centre[0]), canvas.y[box] - np.float32(centre[1])
+    radius, angle, (e, e_at, h, h_at) = np.hypot(x, y), np.arctan2(y, x), p.shape
+    inner = cavity*(1 + e*np.cos(2*(angle - e_at)) + h*np.cos(3*(angle - h_at)))
+    depth = (radius - inner)/(wall*(1 + 0.08*np.cos(angle - p.septum)))  # 0 endocardium ... 1 epicardium
     view = canvas.regions[box]
     view[depth < 1] = MYO
     if p.lesion:
         off = np.abs((angle - p.lesion[0] + math.pi) % (2*math.pi) - math.pi)
         view[(off < p.lesion[1]) & (depth >= p.lesion[2]) & (depth < p.lesion[3])] = LESION
     view[depth < 0] = LV_BLOOD
-    for direction in (p.septum + 2.0, p.septum - 2.1):
-        r, size = cavity*rng.uniform(0.62, 0.78), rng.uniform(2.6, 4.2)*(0.5 + level if level < 0.5 else 1)
-        a = direction + rng.normal(0, 0.12)
-        canvas.ellipse(PAPILLARY, (cx + r*math.cos(a), cy + r*math.sin(a)), (size*1.3, size), a, over=LV_BLOOD)
 
 # %% ../nbs/07_phantom.ipynb #070019
 def regions(
@@ -233,8 +245,10 @@ def regions(
     low = min(18., p.matrix[0]*p.spacing[0]/2 - 96)  # the middle of the image lies below the heart
     canvas = Canvas([fine*n for n in p.matrix], [s/fine for s in p.spacing], (shift[0], shift[1] + low), bend)
     level = float(np.clip(LEVELS[name] + rng.normal(0, 0.07), 0, 1))  # nobody hits the middle exactly
-    draw_chest(canvas, p, level)
-    draw_heart(canvas, p, level)
+    rng = np.random.default_rng(stable_seed(p.seed, 'plane', name))
+    draw_torso(canvas, p, rng)
+    draw_organs(canvas, p, level, rng)
+    draw_heart(canvas, p, level, rng)
     return canvas.regions
 
 def label_of(
