@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .core import BACKGROUND, PADDING, STRUCTURES, CMRError, atomic_path, stable_seed
+from .data import DataLoaders
 
 # %% ../nbs/40_segmentation.ipynb #400005
 def toy_arrays(
@@ -216,7 +217,6 @@ def train_segmentation(
     "A segmentation network trained on these slices; the same input and seed, the same network."
     from fastai.callback.core import Callback, CancelValidException
     from fastai.callback.schedule import Learner
-    from fastai.data.core import DataLoaders
     check_training_rows(rows)
     if not len(X) == len(Y) == len(rows): raise CMRError(f'{len(X)} images, {len(Y)} label maps and {len(rows)} rows: give one of each for a slice')
     if not len(X): raise CMRError('no training slice; check the split of the cohort')
