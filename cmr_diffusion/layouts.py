@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LAYOUTS', 'MAX_VOXELS', 'MAX_SIDE', 'MIN_SPACING', 'MAX_SPACING', 'ACDC_VALUES', 'slice_row', 'layout',
-           'read_volume', 'read_image', 'read_labels', 'load_slice', 'read_layout', 'acdc', 'sunnybrook',
-           'label_values', 'csv_layout', 'published_semmelweis', 'patient_number', 'semmelweis', 'write_semmelweis']
+           'read_volume', 'read_image', 'row_contours', 'read_labels', 'load_slice', 'read_layout', 'acdc',
+           'sunnybrook', 'label_values', 'csv_layout', 'published_semmelweis', 'patient_number', 'semmelweis',
+           'write_semmelweis']
 
 # %% ../nbs/03_layouts.ipynb #030002
 import hashlib, json, math, multiprocessing, os, re, zlib
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .contours import check_contours, contours_of, label_map, read_contours, read_text_contour, write_contours
 from .core import LEFT_VENTRICLE, MYOCARDIUM, STRUCTURES, CMRError, Slice, atomic_path, image_type, shared_data
-from .dicom import BadData, one_line, read_dicom, write_dicom
+from .dicom import BadData, one_line, read_dicom, tag_text, write_dicom
 
 # %% ../nbs/03_layouts.ipynb #030005
 COLUMNS = dict(
@@ -149,8 +150,8 @@ def read_image(
         pixels *= np.float32(image_type(row['type']).scale)
     else:
         pixels, spacing, tags = read_dicom(path, row['type'])
-        if (modality := str(tags.get('Modality', '') or 'MR')) != 'MR': raise BadData(f'{path}: Modality is {modality[:16]!r}, expected MR', 'wrong modality')
-        facts = dict(synthetic=tags.get('SyntheticData') == 'YES', relative=tags.get('RescaleType') == 'RMAX', uid=str(tags.get('SOPInstanceUID', '')))
+        if (modality := tag_text(tags, 'Modality') or 'MR') != 'MR': raise BadData(f'{path}: Modality is {modality[:16]!r}, expected MR', 'wrong modality')
+        facts = dict(synthetic=tag_text(tags, 'SyntheticData') == 'YES', relative=tag_text(tags, 'RescaleType') == 'RMAX', uid=tag_text(tags, 'SOPInstanceUID'))
     return pixels, _mm(stated if math.isnan(spacing[0]) else spacing), facts
 
 # %% ../nbs/03_layouts.ipynb #030016
@@ -180,6 +181,13 @@ def _text_contours(path):
     found = dict(epicardial=path) if 'ocontour' in path.name else dict(endocardial=path) | (dict(epicardial=epi) if epi != path and epi.exists() else {})
     return {name: read_text_contour(f, f'{name} contour') for name, f in found.items()}
 
+def row_contours(
+    row  # a table row or dict with `label`
+) -> dict[str, np.ndarray]:  # as of `contours_of`; empty where the label is an image or volume
+    "The contours that a row names, well-formed but not checked to be a heart."
+    path = str(row['label'])
+    return read_contours(path) if path.lower().endswith('.json') else _text_contours(path) if path.lower().endswith('.txt') else {}
+
 def read_labels(
     row,  # a table row or dict with `label`, `label_index`, `label_values`
     shape: tuple[int, int]  # rows, columns of the image
@@ -188,8 +196,7 @@ def read_labels(
     path, shape = str(row['label']), tuple(shape)
     if not path: return None
     try:
-        if path.lower().endswith('.json'): return _drawn(read_contours(path), shape)
-        if path.lower().endswith('.txt'): return _drawn(_text_contours(path), shape)
+        if path.lower().endswith(('.json', '.txt')): return _drawn(row_contours(row), shape)
         labels, _ = _numbers(path, int(row['label_index']))
         if labels.shape != shape: raise BadData(f'label map {labels.shape} and image {shape} differ in shape', 'label and image of different shape')
         return _translated(labels, row['label_values'])
