@@ -69,6 +69,7 @@ def _check_decodable(dataset):
     if rows < 1 or columns < 1: raise BadData(f'matrix of {rows} x {columns} pixels')
     if frames > 1: raise BadData(f'multi-frame ({frames} frames): export it as one file a slice', 'multi-frame')
     if samples != 1: raise BadData(f'colour image ({samples} samples a pixel): export it in greyscale', 'colour')
+    if tag_text(dataset, 'PhotometricInterpretation') not in ('', 'MONOCHROME1', 'MONOCHROME2'): raise BadData(f"colour image ({tag_text(dataset, 'PhotometricInterpretation')[:20]})", 'colour')
     if rows*columns > MAX_PIXELS: raise BadData(f'header claims {rows} x {columns} pixels')
     syntax = getattr(getattr(dataset, 'file_meta', None), 'TransferSyntaxUID', None)
     if not (syntax and syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian):

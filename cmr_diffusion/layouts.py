@@ -75,7 +75,7 @@ def _volume(path, stamp):
     if len(shape) not in (2, 3) or min(shape) < 1: raise BadData(f'shape {volume.shape}, expected (x, y, slices)')
     if math.prod(shape) > MAX_VOXELS: raise BadData(f'header claims {shape} voxels')
     voxels = np.asanyarray(volume.dataobj).reshape(shape + (1,)*(3 - len(shape)))
-    return voxels, [float(z) for z in volume.header.get_zooms()[:2]]
+    return voxels, [round(float(z), 6) for z in volume.header.get_zooms()[:2]]  # stored in 32 bits: 0.7 mm shall be 0.7
 
 def read_volume(
     path: Path | str  # a NIfTI file
@@ -129,8 +129,8 @@ _PICTURES = ('.png', '.bmp', '.tif', '.tiff', '.jpg', '.jpeg', '.gif')
 def _is_nifti(path): return str(path).lower().endswith(('.nii', '.nii.gz'))
 
 def _mm(spacing):
-    "Spacing as plain floats to a nanometre (NIfTI stores 32 bits); nan where it is no length."
-    return tuple(round(float(v), 6) if math.isfinite(v) and v > 0 else math.nan for v in spacing)
+    "Spacing as plain floats; nan where it is no length."
+    return tuple(float(v) if math.isfinite(v) and v > 0 else math.nan for v in spacing)
 
 def _numbers(path, index):
     "Stored numbers (rows, columns) of a file that is no DICOM, and spacing in mm."
@@ -323,6 +323,12 @@ def _slices_of(path):
     try: return min(max(nibabel.load(path).shape[2], 1), 1000)
     except Exception: return 1
 
+def _levels(label):
+    "Level of every slice of a label volume that runs from base to apex; nothing where it cannot be read."
+    try: labelled = np.flatnonzero(read_volume(label)[0].any(axis=(0, 1)))
+    except BadData: return {}
+    return {int(z): ('basal', 'mid', 'apical')[3*i//len(labelled)] for i, z in enumerate(labelled)}
+
 @layout('acdc')
 def acdc(
     root: Path  # the folder of the patients' folders
@@ -334,8 +340,9 @@ def acdc(
             if stem.endswith('_gt') or not _is_nifti(image): continue
             patient, frame = stem.rsplit('_', 1)
             label = image.with_name(image.name.replace(stem, f'{stem}_gt'))
+            levels = _levels(label)
             for z in range(_slices_of(image)):
-                yield slice_row(patient=patient, type='cine', slice=f'{frame}_{z:02d}', volume=f'{patient}/cine/{frame}', image=str(image), image_index=z,
+                yield slice_row(patient=patient, type='cine', slice=f'{frame}_{z:02d}', level=levels.get(z, ''), volume=f'{patient}/cine/{frame}', image=str(image), image_index=z,
                                 label=str(label) if label.exists() else '', label_index=z, label_values=ACDC_VALUES, structures=','.join(STRUCTURES))
 
 # %% ../nbs/03_layouts.ipynb #030031
@@ -410,7 +417,7 @@ def csv_layout(
         try: yield from _csv_rows(line, path.parent, number)
         except CMRError as e: raise CMRError(f'{path}: {e}') from None
 
-# %% ../nbs/03_layouts.ipynb #030039
+# %% ../nbs/03_layouts.ipynb #030041
 def _number_set(ranges):
     "Numbers from a list of numbers and 'first-last' ranges."
     ends = [tuple(map(int, str(r).split('-'))) for r in ranges]
@@ -449,7 +456,7 @@ def _listed(root, exclude):
         return ''
     return listed
 
-# %% ../nbs/03_layouts.ipynb #030042
+# %% ../nbs/03_layouts.ipynb #030044
 _LEVELS = dict(apex='apical', mid='mid', base='basal')
 
 def _plain(name): return name.lower().rstrip('_')
@@ -486,7 +493,7 @@ def _weighted_rows(series, row):
         yield slice_row(**{k: row[k] for k in ('patient', 'level', 'label', 'observer', 'reason')}, type=f"{row['type']}w", slice=f"{row['slice']}_{image.stem}",
                         volume=f"{row['volume']}/{row['slice']}/weighted", image=str(image))
 
-# %% ../nbs/03_layouts.ipynb #030043
+# %% ../nbs/03_layouts.ipynb #030045
 @layout('semmelweis')
 def semmelweis(
     root: Path,  # the folder of the batches or of the patients
@@ -504,7 +511,7 @@ def semmelweis(
             yield row
             if weighted: yield from _weighted_rows(own, row)
 
-# %% ../nbs/03_layouts.ipynb #030045
+# %% ../nbs/03_layouts.ipynb #030047
 _FOLDERS = {'Apex': 'apex', 'Mid': 'mid_', 'Base': 'base'}  # the three historic names
 
 def _file_name(name, what):
@@ -525,7 +532,7 @@ def _check_replaceable(root):
     if root.exists() and not (root.is_dir() and ((root/'cohort.json').exists() or not any(root.iterdir()))):
         raise CMRError(f'{root}: exists and is not a cohort that was written here: choose another folder')
 
-# %% ../nbs/03_layouts.ipynb #030046
+# %% ../nbs/03_layouts.ipynb #030048
 def write_semmelweis(
     root: Path | str,  # folder to make
     slices,  # iterable of Slice, with patient, name, type
