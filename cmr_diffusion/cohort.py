@@ -87,7 +87,7 @@ def read_cohort(
     split='default',  # CSV with patient and split, a dict, or 'semmelweis' (the published partition and exclusions); 'default': the layout's, splits.csv at the root, else `split_patients`
     fractions: tuple[float, float, float] = (.7, .15, .15),  # train, val, test of the default
     seed: int = 0,  # of the default
-    **options  # of the layout
+    **options  # of `read_layout` and of the layout: scales={'T2': 0.1}, observer=2, exclude=...
 ) -> pd.DataFrame:  # a row a slice, columns `COLUMNS`
     "The table of a cohort. Bad slices are rows with a reason; a wrong call (root, layout, split) or an empty cohort raises `CMRError`."
     if not isinstance(split, dict) and str(split) not in ('default', 'semmelweis'): read_split(split)  # before the long part

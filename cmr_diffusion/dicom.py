@@ -107,7 +107,7 @@ def dicom_dataset(
 
 def one_line(error): return ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
 
-# %% ../nbs/01_dicom.ipynb #010012
+# %% ../nbs/01_dicom.ipynb #010013
 def _decode(dataset):
     "Stored numbers (rows, columns), as the file has them."
     if not getattr(dataset, 'file_meta', None): dataset.file_meta = FileMetaDataset()
@@ -122,11 +122,11 @@ def _decode(dataset):
     if pixels.shape != (dataset.Rows, dataset.Columns): raise BadData(f'pixel data of shape {pixels.shape}, expected one greyscale frame')
     return pixels
 
-# %% ../nbs/01_dicom.ipynb #010013
+# %% ../nbs/01_dicom.ipynb #010015
 def read_dicom(
     path: Path | str,  # a DICOM file with one greyscale frame
     type: str | None = None,  # image type, whose `scale` turns the file's numbers into its unit
-    scale: float | None = None  # value after slope and intercept -> unit, instead of the type's
+    scale: float | None = None  # value after slope and intercept -> unit, instead of the type's, where the file does not state its unit
 ) -> tuple[np.ndarray, tuple[float, float], Dataset]:  # pixels (rows, columns) float32; (row, column) spacing mm; tags without pixel data
     "Pixels in the unit of the type, spacing in mm (nan where unknown) and tags of one file; any failure is one `BadData` line."
     dataset = dicom_dataset(path)
@@ -137,14 +137,15 @@ def read_dicom(
             warnings.simplefilter('ignore')
             pixels = _decode(dataset).astype(np.float64)*slope + intercept
         if not np.isfinite(pixels).all(): raise BadData('pixels that are not finite')
-        if scale is None: scale = 1. if type is None or tag_text(dataset, 'RescaleType') in ('ms', 'RMAX') else image_type(type).scale
+        if tag_text(dataset, 'RescaleType') in ('ms', 'RMAX'): scale = 1.
+        elif scale is None: scale = 1. if type is None else image_type(type).scale
         for keyword in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData'):
             if keyword in dataset: del dataset[keyword]
         return (pixels*scale).astype(np.float32), _spacing(dataset), dataset
     except BadData as e: raise e.of(path) from None
     except Exception as e: raise BadData(f'{path}: pixel data cannot be decoded ({one_line(e)})') from None
 
-# %% ../nbs/01_dicom.ipynb #010015
+# %% ../nbs/01_dicom.ipynb #010017
 def rescale(
     type: str  # image type
 ) -> tuple[float, str]:  # slope, RescaleType
@@ -153,7 +154,7 @@ def rescale(
     if not t.quantitative: return 1/4096, 'RMAX'
     return next((s for s in (.01, .02, .05, .1, .2, .5) if s*65535 >= 1.2*t.maximum), 1.), t.unit
 
-# %% ../nbs/01_dicom.ipynb #010018
+# %% ../nbs/01_dicom.ipynb #010020
 def _stored(slice, slope, unit):
     "The numbers to store (rows, columns) uint16; values outside the range are clipped, those that are not finite become 0."
     if unit != 'RMAX': values = slice.pixels
@@ -179,7 +180,7 @@ def _identify(ds, slice, synthetic, description, patient_id, patient_name, seed)
         setattr(ds, keyword, '' if keyword[-4:] not in ('Time', 'ngth') else None)  # required to be there, allowed to be empty
     ds.ScanningSequence, ds.SequenceVariant, ds.PatientPosition, ds.SeriesNumber = 'RM', 'NONE', 'HFS', 1
 
-# %% ../nbs/01_dicom.ipynb #010020
+# %% ../nbs/01_dicom.ipynb #010022
 def _picture(ds, slice, slope, unit, instance):
     "Matrix, spacing, pixels and their meaning."
     stored = _stored(slice, slope, unit)

@@ -142,14 +142,14 @@ def read_image(
     row  # a table row or dict with `image`, `image_index`, `type`, `row_spacing`, `column_spacing`
 ) -> tuple[np.ndarray, tuple[float, float], dict]:  # pixels (rows, columns) float32; spacing mm; {'synthetic', 'relative', 'uid'}
     "Pixels and spacing of a row's image (the row's spacing where the file has none), and what the file says of itself. `BadData` where it cannot be used."
-    path, stated = row['image'], (row['row_spacing'], row['column_spacing'])
+    path, stated, scale = row['image'], (row['row_spacing'], row['column_spacing']), row.get('scale')
     if _is_nifti(path) or Path(path).suffix.lower() in ('.npy', *_PICTURES):
         numbers, spacing = _numbers(path, int(row['image_index']))
         pixels, facts = np.array(numbers, dtype=np.float32, order='C'), dict(synthetic=False, relative=False, uid='')
         if pixels.size == 0 or not np.isfinite(pixels).all(): raise BadData(f'{path}: pixels that are not finite')
-        pixels *= np.float32(image_type(row['type']).scale)
+        pixels *= np.float32(image_type(row['type']).scale if scale is None else scale)
     else:
-        pixels, spacing, tags = read_dicom(path, row['type'])
+        pixels, spacing, tags = read_dicom(path, row['type'], scale)
         if (modality := tag_text(tags, 'Modality') or 'MR') != 'MR': raise BadData(f'{path}: Modality is {modality[:16]!r}, expected MR', 'wrong modality')
         facts = dict(synthetic=tag_text(tags, 'SyntheticData') == 'YES', relative=tag_text(tags, 'RescaleType') == 'RMAX', uid=tag_text(tags, 'SOPInstanceUID'))
     return pixels, _mm(stated if math.isnan(spacing[0]) else spacing), facts
@@ -169,6 +169,7 @@ def _translated(labels, values):
     for theirs, ours in numbers.items(): table[theirs] = ours
     return table[whole.astype(np.uint8)]
 
+# %% ../nbs/03_layouts.ipynb #030018
 def _drawn(contours, shape):
     "Label map of the contours of a file, once they are found to be a left ventricle."
     check_contours(contours, shape)
@@ -210,7 +211,7 @@ def load_slice(
     pixels, spacing, _ = read_image(row)
     return Slice(pixels, spacing, row['type'], labels=read_labels(row, pixels.shape), patient=row['patient'], name=row['slice'], robust_max=float(row['robust_max']))
 
-# %% ../nbs/03_layouts.ipynb #030018
+# %% ../nbs/03_layouts.ipynb #030020
 MIN_SPACING, MAX_SPACING = .2, 10.  # mm: what a pixel of a heart image can measure
 
 def _present(labels): return np.flatnonzero(np.bincount(labels.ravel(), minlength=4)).tolist()
@@ -230,6 +231,7 @@ def _check_slice(row, pixels, labels):
         raise BadData(f"median over the heart {median:.4g} {t.unit}, expected {t.plausible[0]:g} to {t.plausible[1]:g}: check the scale of {t.name}", 'implausible values')
     if (share := (heart == pixels.max()).mean()) > .05: raise BadData(f"{share:.0%} of the heart at the image's largest value", 'saturated image')
 
+# %% ../nbs/03_layouts.ipynb #030022
 def _examined_slice(row):
     "The row with what its files say, and its pixels (None where they cannot be read). The reason leaves out the path, which the row has."
     pixels = None
@@ -255,7 +257,7 @@ def _examined_volume(rows):
             if not r['robust_max'] > 0: r['reason'] = r['reason'] or f'no signal: 99.5th percentile of the volume is {robust:g}'
     return rows
 
-# %% ../nbs/03_layouts.ipynb #030020
+# %% ../nbs/03_layouts.ipynb #030024
 def _without_duplicates(rows):
     "Mark rows whose pixels or UID an earlier usable row has; takes the private keys off."
     seen = {}
@@ -267,7 +269,7 @@ def _without_duplicates(rows):
         else: seen.update(dict.fromkeys(keys, row['id']))
     return rows
 
-# %% ../nbs/03_layouts.ipynb #030022
+# %% ../nbs/03_layouts.ipynb #030026
 def _with_structures(table):
     "Structures of a type: the union over its slices, in the order of `STRUCTURES`."
     for name, rows in table.groupby('type').groups.items():
@@ -275,6 +277,7 @@ def _with_structures(table):
         table.loc[rows, 'structures'] = ','.join(s for s in STRUCTURES if s in found)
     return table
 
+# %% ../nbs/03_layouts.ipynb #030028
 def _unique_ids(rows):
     "Number repeated ids, so that every row can be named."
     seen = Counter()
@@ -294,6 +297,7 @@ def _examined(volumes, workers=None):
 def read_layout(
     root: Path | str,  # the cohort's folder
     name: str = 'semmelweis',  # a key of `LAYOUTS`
+    scales: dict[str, float] | None = None,  # type -> scale of its stored values, as {'T2': 0.1} for tenths of a millisecond; adds the column `scale`
     workers: int | None = None,  # processes; None: one a core for a thousand slices or more, else none
     **options  # of the layout
 ) -> pd.DataFrame:  # a row a slice, columns `COLUMNS`, splits still empty unless the layout knows them
@@ -302,14 +306,15 @@ def read_layout(
     root = Path(root).absolute()
     if not root.exists(): raise CMRError(f'{root}: no such folder')
     rows = _unique_ids(list(LAYOUTS[name](root, **options)))
+    if scales: rows = [{**row, 'scale': float(scales.get(row['type'], image_type(row['type']).scale))} for row in rows]
     if not rows: raise CMRError(f"{root}: no slice found for the layout {name!r}, which is {' '.join((LAYOUTS[name].__doc__ or '').split())}")
     volumes = {}
     for row in rows: volumes.setdefault(row['volume'], []).append({**row, 'layout': name})
     examined = _without_duplicates([row for rows in _examined(list(volumes.values()), workers) for row in rows])
     for row in examined: row['usable'] = not row['reason']
-    return _with_structures(pd.DataFrame(examined, columns=list(COLUMNS)))
+    return _with_structures(pd.DataFrame(examined, columns=[*COLUMNS, *(['scale'] if scales else [])]))
 
-# %% ../nbs/03_layouts.ipynb #030024
+# %% ../nbs/03_layouts.ipynb #030030
 ACDC_VALUES = '1:3,2:1,3:2'  # right ventricle, myocardium, left ventricle
 
 def _subfolders(root, depth):
@@ -345,7 +350,7 @@ def acdc(
                 yield slice_row(patient=patient, type='cine', slice=f'{frame}_{z:02d}', level=levels.get(z, ''), volume=f'{patient}/cine/{frame}', image=str(image), image_index=z,
                                 label=str(label) if label.exists() else '', label_index=z, label_values=ACDC_VALUES, structures=','.join(STRUCTURES))
 
-# %% ../nbs/03_layouts.ipynb #030031
+# %% ../nbs/03_layouts.ipynb #030036
 def _numbered(folder, pattern):
     "Files of a folder by the number that the pattern finds in their names."
     found = ((re.fullmatch(pattern, f.name), f) for f in sorted(folder.iterdir())) if folder.is_dir() else ()
@@ -366,7 +371,7 @@ def sunnybrook(
         for number, image in _numbered(base/'dicoms'/folder, r'(\d+)\.dcm').items():
             yield slice_row(patient=patient, type='cine', slice=f'{number:04d}', image=str(image), label=str(labels.get(number, '')))
 
-# %% ../nbs/03_layouts.ipynb #030035
+# %% ../nbs/03_layouts.ipynb #030040
 def label_values(
     text: str  # '1:right_ventricle,2:myocardium,3:2': file number to structure, by name or number
 ) -> str:  # '1:3,2:1,3:2'
@@ -402,7 +407,7 @@ def _csv_rows(line, base, number):
                         level=line.get('level', ''), split=line.get('split', ''), image=str(image), image_index=z, label=str(label), label_index=z if label_index == -2 else label_index,
                         label_values=label_values(line.get('label_values', '')), **known)
 
-# %% ../nbs/03_layouts.ipynb #030036
+# %% ../nbs/03_layouts.ipynb #030042
 @layout('csv')
 def csv_layout(
     root: Path  # the CSV, or a folder with cohort.csv
@@ -417,7 +422,7 @@ def csv_layout(
         try: yield from _csv_rows(line, path.parent, number)
         except CMRError as e: raise CMRError(f'{path}: {e}') from None
 
-# %% ../nbs/03_layouts.ipynb #030041
+# %% ../nbs/03_layouts.ipynb #030047
 def _number_set(ranges):
     "Numbers from a list of numbers and 'first-last' ranges."
     ends = [tuple(map(int, str(r).split('-'))) for r in ranges]
@@ -456,7 +461,7 @@ def _listed(root, exclude):
         return ''
     return listed
 
-# %% ../nbs/03_layouts.ipynb #030044
+# %% ../nbs/03_layouts.ipynb #030050
 _LEVELS = dict(apex='apical', mid='mid', base='basal')
 
 def _plain(name): return name.lower().rstrip('_')
@@ -493,7 +498,7 @@ def _weighted_rows(series, row):
         yield slice_row(**{k: row[k] for k in ('patient', 'level', 'label', 'observer', 'reason')}, type=f"{row['type']}w", slice=f"{row['slice']}_{image.stem}",
                         volume=f"{row['volume']}/{row['slice']}/weighted", image=str(image))
 
-# %% ../nbs/03_layouts.ipynb #030045
+# %% ../nbs/03_layouts.ipynb #030052
 @layout('semmelweis')
 def semmelweis(
     root: Path,  # the folder of the batches or of the patients
@@ -511,7 +516,7 @@ def semmelweis(
             yield row
             if weighted: yield from _weighted_rows(own, row)
 
-# %% ../nbs/03_layouts.ipynb #030047
+# %% ../nbs/03_layouts.ipynb #030054
 _FOLDERS = {'Apex': 'apex', 'Mid': 'mid_', 'Base': 'base'}  # the three historic names
 
 def _file_name(name, what):
@@ -532,7 +537,7 @@ def _check_replaceable(root):
     if root.exists() and not (root.is_dir() and ((root/'cohort.json').exists() or not any(root.iterdir()))):
         raise CMRError(f'{root}: exists and is not a cohort that was written here: choose another folder')
 
-# %% ../nbs/03_layouts.ipynb #030048
+# %% ../nbs/03_layouts.ipynb #030056
 def write_semmelweis(
     root: Path | str,  # folder to make
     slices,  # iterable of Slice, with patient, name, type

@@ -114,7 +114,7 @@ _PAGE = '''<!doctype html><meta charset="utf-8"><title>Findings</title>
 .error{color:#b00}.warning{color:#a60}.info{color:#555}td.path{word-break:break-all;max-width:30em}</style>
 '''
 
-# %% ../nbs/06_qc.ipynb #060013
+# %% ../nbs/06_qc.ipynb #060014
 def _html_table(frame, extra=None):
     "An HTML table; `extra` holds ready cells of a last column."
     cells = lambda values, tag: ''.join(f'<{tag}>{html.escape(str(v))}</{tag}>' for v in values)
