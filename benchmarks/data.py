@@ -68,7 +68,7 @@ def step_time(cache, num_workers, step=.02):
     epoch = iter(loader)
     for _ in range(len(loader)):
         start = time.perf_counter(); next(epoch); time.sleep(step); times.append(time.perf_counter() - start)
-    return 1e3*float(np.median(times[5:]))
+    return 1e3*float(np.median(times[len(times)//4:]))
 
 
 def main():
