@@ -93,8 +93,13 @@ def _ranked_taps(
 class Neighbourhoods:
     "The distinct 5x5 label neighbourhoods of a batch: what `gamma` and `beta` of a SPADE layer can depend on."
     index: Tensor  # (B * H * W,) which neighbourhood a pixel has
-    parts: Tensor  # (neighbourhoods, 9) the 3x3 pattern under each tap of the outer convolution; `len(patterns)`: outside the image
+    parts: Tensor  # (neighbourhoods, 9; the last few rows may be unused) the 3x3 pattern under each tap of the outer convolution; `len(patterns)`: outside the image
     patterns: Tensor  # (patterns, 9) the symbol under each tap of the inner convolution
+
+def _padded(taps: Tensor) -> Tensor:
+    "Rows added, at most a quarter, so that few different sizes occur: a kernel is compiled for each size of a matrix product."
+    step = max(64, 2 ** (len(taps).bit_length() - 3))
+    return F.pad(taps, (0, 0, 0, -len(taps) % step))
 
 def find_neighbourhoods(
     classes: Tensor,  # (B, H, W) integer: label classes in [0, channels), `channels` = null
@@ -103,9 +108,10 @@ def find_neighbourhoods(
     "The distinct 5x5 neighbourhoods of a batch of label maps, found exactly."
     try:
         pattern, patterns = _ranked_taps(F.pad(classes.long(), (1, 1, 1, 1), value=channels + 1), channels + 2)
+        patterns = _padded(patterns)
         index, parts = _ranked_taps(F.pad(pattern, (1, 1, 1, 1), value=len(patterns)), len(patterns) + 1)
     except OverflowError: return None
-    return Neighbourhoods(index.flatten(), parts, patterns)
+    return Neighbourhoods(index.flatten(), _padded(parts), patterns)
 
 # %% ../nbs/20_sdm.ipynb #200017
 LOOKUP = 0.35  # share of distinct neighbourhoods above which the dense path is chosen
