@@ -50,6 +50,7 @@ def source_patients(
     found = [known.get(mask_key(y)) for y in synthetic[1]]
     return None if None in found else np.array(found)
 
+# %% ../nbs/41_fidelity.ipynb #410012
 def _bootstrap(real: pd.DataFrame, synthetic: pd.DataFrame, paired: bool, draws: int, rng: np.random.Generator) -> tuple[float, float]:
     "95 % interval of the difference of means (synthetic - real)."
     sums = [pd.DataFrame(dict(n=s.pixels, total=s.pixels * s['mean'])).groupby(s.patient).sum() for s in (real, synthetic)]
@@ -60,6 +61,7 @@ def _bootstrap(real: pd.DataFrame, synthetic: pd.DataFrame, paired: bool, draws:
     low, high = np.nanpercentile(f - r, (2.5, 97.5))
     return float(low), float(high)
 
+# %% ../nbs/41_fidelity.ipynb #410013
 def values(
     real: tuple,  # (X, Y, rows) as from `data.grid_arrays`
     synthetic: tuple,  # (X, Y, rows) with the same geometry and value transforms

@@ -245,6 +245,7 @@ def train_segmentation(
     with learner.no_logging(), learner.no_bar(): learner.fit_one_cycle(1, config.lr)
     return model.eval()
 
+# %% ../nbs/40_segmentation.ipynb #400031
 def segment(
     model: Segmenter,
     X: np.ndarray,  # (N, 1, S, S) network units
@@ -256,7 +257,7 @@ def segment(
         parts = [model(part.to(device)).argmax(1).to('cpu', torch.uint8) for part in torch.tensor(X).split(batch_size)]
     return torch.cat(parts).numpy()
 
-# %% ../nbs/40_segmentation.ipynb #400037
+# %% ../nbs/40_segmentation.ipynb #400038
 def save_segmentation(
     path: Path | str,  # a .safetensors file
     model: Segmenter
