@@ -1,5 +1,5 @@
 """A tiny pipeline, run once by the installed commands as a user would type them, that the tests then look at."""
-import os, subprocess, sys
+import contextlib, io, os, runpy, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,16 @@ class Workplace:
         "A console script of this repository: exit code, standard output, standard error."
         command = [Path(sys.executable).with_name(name), *map(str, words)]
         return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600)
+
+    def here(self, name, *words):
+        "The same in this process, which has imported PyTorch already: for the many calls that fail."
+        script, out, err = str(Path(sys.executable).with_name(name)), io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.chdir(self.folder); patch.setattr(sys, 'argv', [script, *map(str, words)])
+            patch.setenv('MLFLOW_TRACKING_URI', self.env['MLFLOW_TRACKING_URI']); patch.delenv('IN_TEST', raising=False)
+            try: code = runpy.run_path(script, run_name='__main__') and 0
+            except SystemExit as e: code = e.code or 0
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     def must(self, name, *words):
         "The same; it has to succeed."
@@ -42,7 +52,7 @@ def store(place):
 
 @pytest.fixture(scope='session')
 def phantom(place):
-    place.must('cmr_phantom', 'phantom', '--patients', 5, '--seed', 3)
+    place.must('cmr_phantom', 'phantom', '--patients', 5)
     return place.folder/'phantom'
 
 
@@ -55,7 +65,7 @@ def cache(place, phantom):
 @pytest.fixture(scope='session')
 def trained(place, cache):
     "The name of a run that trained for a few steps."
-    place.must('cmr_train', cache, '--preset', 'tiny', '--steps', 8, '--batch_size', 4, '--run_name', 'few_steps', '--device', 'cpu')
+    place.must('cmr_train', cache, '--preset', 'tiny', '--steps', 8, '--checks', 1, '--batch_size', 4, '--run_name', 'few_steps', '--device', 'cpu')
     return 'few_steps'
 
 

@@ -14,7 +14,7 @@ WORKERS = min(2, CORES)
 
 def call(*command, cwd=ROOT, threads=1, **kw):
     "A command with this repository's package first on the path and a fixed number of threads."
-    env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads), 'MPLBACKEND': 'Agg', 'PYTHONUNBUFFERED': '1',
+    env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads), 'OMP_WAIT_POLICY': 'PASSIVE', 'MPLBACKEND': 'Agg', 'PYTHONUNBUFFERED': '1',
            'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])), 'MLFLOW_DISABLE_TELEMETRY': 'true'}
     return subprocess.run([str(c) for c in command], cwd=cwd, env=env, **kw)
 

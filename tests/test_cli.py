@@ -19,16 +19,17 @@ def test_help_names_every_option_and_what_it_does(place, name):
 
 
 def test_options_with_underscores_are_options_with_hyphens(place):
-    for option in ('--run_name', '--run-name'):
-        one_line(place.run('cmr_train', 'no/such/cache', option, 'x'), 'no/such/cache')
+    for option in ('--per_mask', '--per-mask'):
+        done = place.run('cmr_sample', 'r', '--masks', 'm', 'o', option, 'many')
+        assert done.returncode == 2 and "argument --per-mask: invalid int value: 'many'" in done.stderr
 
 
 def test_wrong_path(place, cache, trained):
-    one_line(place.run('cmr_prepare', 'no/such/root', 'c'), 'no/such/root')
-    one_line(place.run('cmr_train', 'no/such/cache'), 'no/such/cache')
-    one_line(place.run('cmr_sample', 'no_such_run', '--masks', cache, 'out'), 'no_such_run')
-    one_line(place.run('cmr_sample', trained, '--masks', 'no/such/masks', 'out'), 'no/such/masks')
-    one_line(place.run('cmr_evaluate', cache, 'no/such/synthetic'), 'no/such/synthetic')
+    one_line(place.here('cmr_prepare', 'no/such/root', 'c'), 'no/such/root')
+    one_line(place.here('cmr_train', 'no/such/cache', '--steps', 1), 'no/such/cache')
+    one_line(place.here('cmr_sample', 'no_such_run', '--masks', cache, 'out'), 'no_such_run')
+    one_line(place.here('cmr_sample', trained, '--masks', 'no/such/masks', 'out'), 'no/such/masks')
+    one_line(place.here('cmr_evaluate', cache, 'no/such/synthetic'), 'no/such/synthetic')
     assert not (place.folder/'c').exists() and not (place.folder/'out').exists()
 
 
@@ -38,20 +39,34 @@ def test_empty_cohort(place):
 
 
 def test_unknown_words(place, phantom, cache, trained):
-    one_line(place.run('cmr_prepare', phantom, 'c', '--layout', 'nonsense'), 'nonsense', 'semmelweis')
-    one_line(place.run('cmr_prepare', phantom, 'c', '--type', 'LGE'), 'LGE', 'T1, T2')
-    one_line(place.run('cmr_prepare', phantom, 'c', '--spacing', 'fine'), 'fine')
-    one_line(place.run('cmr_prepare', phantom, 'c', '--split', 'no.csv'), 'no.csv')
-    one_line(place.run('cmr_train', cache, '--preset', 'huge'), 'huge', 'tiny')
-    one_line(place.run('cmr_train', cache, '--recipe', 'cake'), 'cake', 'edm')
-    one_line(place.run('cmr_sample', trained, '--masks', cache, 'out', '--type', 'LGE'), 'LGE')
-    one_line(place.run('cmr_sample', trained, '--masks', cache, 'out', '--split', 'best'), 'best')
+    one_line(place.here('cmr_prepare', phantom, 'c', '--layout', 'nonsense'), 'nonsense', 'semmelweis')
+    one_line(place.here('cmr_prepare', phantom, 'c', '--type', 'LGE'), 'LGE', 'T1, T2')
+    one_line(place.here('cmr_prepare', phantom, 'c', '--spacing', 'fine'), 'fine')
+    one_line(place.here('cmr_prepare', phantom, 'c', '--split', 'no.csv'), 'no.csv')
+    one_line(place.here('cmr_train', cache, '--steps', 1, '--preset', 'huge'), 'huge', 'tiny')
+    one_line(place.here('cmr_train', cache, '--steps', 1, '--recipe', 'cake'), 'cake', 'edm')
+    one_line(place.here('cmr_sample', trained, '--masks', cache, 'out', '--type', 'LGE'), 'LGE')
+    one_line(place.here('cmr_sample', trained, '--masks', cache, 'out', '--split', 'best'), 'best')
 
 
 def test_a_slice_larger_than_the_grid_is_never_cut(place, phantom):
-    one_line(place.run('cmr_prepare', phantom, 'c', '--size', 64, '--spacing', 'native', '--crop', 'none'), '64 x 64', '--size', '--crop heart')
+    one_line(place.here('cmr_prepare', phantom, 'c', '--size', 64, '--spacing', 'native', '--crop', 'none'), '64 x 64', '--size', '--crop heart')
 
 
 def test_a_checkpoint_of_another_shape(place, phantom, cache, trained):
     place.must('cmr_prepare', phantom, 'only_T1', '--size', 32, '--spacing', '3-4', '--type', 'T1', '--workers', 1)
-    one_line(place.run('cmr_train', 'only_T1', '--init', trained, '--steps', 1), trained)
+    one_line(place.here('cmr_train', 'only_T1', '--init', trained, '--steps', 1), trained)
+
+
+def test_nothing_of_the_user_is_overwritten(place, phantom, cache, trained):
+    mine = place.folder/'mine'
+    mine.mkdir()
+    (mine/'thesis.txt').write_text('years of work')
+    one_line(place.here('cmr_phantom', mine, '--patients', 1), 'mine')
+    one_line(place.here('cmr_prepare', phantom, mine, '--size', 32, '--spacing', '3-4', '--workers', 1), 'mine')
+    one_line(place.here('cmr_sample', trained, '--masks', cache, mine, '--steps', 1, '--split', 'test'), 'mine')
+    assert [f.name for f in mine.iterdir()] == ['thesis.txt']
+
+
+def test_a_device_that_is_not_there(place, cache):
+    one_line(place.here('cmr_train', cache, '--steps', 1, '--device', 'abacus'), '--device abacus', 'cpu')
