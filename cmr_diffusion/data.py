@@ -99,7 +99,8 @@ class CohortCache:
     @cached_property
     def table(self) -> pd.DataFrame:
         "The cohort table, all rows; `position` is -1 for those that are not usable."
-        return pd.read_parquet(self.folder/'table.parquet')
+        table = pd.read_parquet(self.folder/'table.parquet')
+        return table.assign(**{c: v for c, v in COLUMNS.items() if c not in table})
 
     @cached_property
     def usable(self) -> pd.DataFrame:
@@ -153,7 +154,7 @@ def _check(table: pd.DataFrame, geometry: Geometry) -> pd.DataFrame:  # the usab
     rows = check_columns(table)
     rows = rows[rows.usable]
     if not len(rows):
-        reasons = ', '.join(f'{n} x {r}' for r, n in table.reason.value_counts().head(3).items()) or 'the table is empty'
+        reasons = ', '.join(f'{n} x {r}' for r, n in table.reason.str.split(':').str[0].value_counts().head(3).items()) or 'the table is empty'
         raise CMRError(f'the cohort has no usable slice ({reasons}); check the folder and --layout')
     for r in rows.drop_duplicates(['rows', 'columns', 'row_spacing', 'column_spacing']).itertuples():
         check_fit((r.rows, r.columns), (r.row_spacing, r.column_spacing), geometry, r.id)
@@ -167,7 +168,7 @@ def row_states(
     for path in {*rows.image, *rows.label} - {''}:
         try: s = os.stat(path); stats[path] = (s.st_size, s.st_mtime_ns)
         except OSError: stats[path] = None
-    read_from = [c for c in COLUMNS if c not in ('split', 'usable', 'reason')]
+    read_from = [c for c in COLUMNS if c not in ('split', 'usable', 'reason', 'repaired')]
     return [hashlib.blake2b(repr((tuple(r), stats.get(r.image), stats.get(r.label))).encode(), digest_size=12).hexdigest()
             for r in rows[read_from].itertuples(index=False)]
 
@@ -228,11 +229,12 @@ def prepare(
     geometry: Geometry,
     workers: int | None = None,  # processes that decode; None: one a core
     load: Callable = load_slice,  # row -> Slice
+    keep_paths: bool = True  # False: the cache's table does not say where the files lie (they may be named after patients)
 ) -> CohortCache:
     "Reads a cohort into a cache, unless it is there already."
     folder, rows = Path(folder), _check(table, geometry)
     states = row_states(rows)
-    digest = fingerprint(table, states)
+    digest = fingerprint(table, states + [keep_paths])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder/'cache.json').exists():
         raise CMRError(f'{folder}: exists and is not a cache, so it is not overwritten; give another folder')
     try: old = CohortCache(folder)
@@ -253,7 +255,8 @@ def prepare(
         usable = table.usable.to_numpy()
         position, state = np.full(len(table), -1), np.full(len(table), '', object)
         position[usable], state[usable] = np.arange(len(rows)), states
-        table[list(COLUMNS)].assign(position=position, state=state).to_parquet(new/'table.parquet', index=False)
+        kept = table[list(COLUMNS)] if keep_paths else table[list(COLUMNS)].assign(image='', label='')
+        kept.assign(position=position, state=state).to_parquet(new/'table.parquet', index=False)
         settings = dict(version=VERSION, fingerprint=digest, geometry=json.loads(geometry.to_json()), values=values, spec=json.loads(spec.to_json()),
                         bytes=[(new/f'{name}.bin').stat().st_size for name in ('pixels', 'labels')])
         (new/'cache.json').write_text(json.dumps(settings, indent=1))

@@ -34,8 +34,10 @@ COLUMNS = dict(
     level='',  # 'apical', 'mid', 'basal' or ''
     split='',  # 'train', 'val', 'test', 'synthesis' or ''
     usable=False, reason='',  # why not usable, '<kind>: <message>'
+    repaired='',  # what was put right in reading, '<kind>: <what was done>', joined by '; '
     layout='', observer=1, synthetic=False,
     rows=0, columns=0, row_spacing=math.nan, column_spacing=math.nan,  # mm
+    scale=math.nan,  # stored value after slope and intercept -> unit; nan: the type's
     robust_max=math.nan,  # 99.5th percentile of the volume (qualitative types), 1 for images stored relative to it
     structures='',  # what the label maps of this type tell apart: 'background,myocardium,left_ventricle[,right_ventricle]'
     image='', image_index=-1,  # path; slice of a volume, -1 for a 2-D file
@@ -140,18 +142,19 @@ def _numbers(path, index):
 
 def read_image(
     row  # a table row or dict with `image`, `image_index`, `type`, `row_spacing`, `column_spacing`
-) -> tuple[np.ndarray, tuple[float, float], dict]:  # pixels (rows, columns) float32; spacing mm; {'synthetic', 'relative', 'uid'}
+) -> tuple[np.ndarray, tuple[float, float], dict]:  # pixels (rows, columns) float32; spacing mm; {'synthetic', 'relative', 'uid', 'repairs'}
     "Pixels and spacing of a row's image (the row's spacing where the file has none), and what the file says of itself. `BadData` where it cannot be used."
-    path, stated, scale = row['image'], (row['row_spacing'], row['column_spacing']), row.get('scale')
+    path, stated, scale = row['image'], (row['row_spacing'], row['column_spacing']), row.get('scale', math.nan)
+    scale, repairs = None if math.isnan(scale) else scale, []
     if _is_nifti(path) or Path(path).suffix.lower() in ('.npy', *_PICTURES):
         numbers, spacing = _numbers(path, int(row['image_index']))
-        pixels, facts = np.array(numbers, dtype=np.float32, order='C'), dict(synthetic=False, relative=False, uid='')
+        pixels, facts = np.array(numbers, dtype=np.float32, order='C'), dict(synthetic=False, relative=False, uid='', repairs=repairs)
         if pixels.size == 0 or not np.isfinite(pixels).all(): raise BadData(f'{path}: pixels that are not finite')
         pixels *= np.float32(image_type(row['type']).scale if scale is None else scale)
     else:
-        pixels, spacing, tags = read_dicom(path, row['type'], scale)
+        pixels, spacing, tags = read_dicom(path, row['type'], scale, repairs)
         if (modality := tag_text(tags, 'Modality') or 'MR') != 'MR': raise BadData(f'{path}: Modality is {modality[:16]!r}, expected MR', 'wrong modality')
-        facts = dict(synthetic=tag_text(tags, 'SyntheticData') == 'YES', relative=tag_text(tags, 'RescaleType') == 'RMAX', uid=tag_text(tags, 'SOPInstanceUID'))
+        facts = dict(synthetic=tag_text(tags, 'SyntheticData') == 'YES', relative=tag_text(tags, 'RescaleType') == 'RMAX', uid=tag_text(tags, 'SOPInstanceUID'), repairs=repairs)
     return pixels, _mm(stated if math.isnan(spacing[0]) else spacing), facts
 
 # %% ../nbs/03_layouts.ipynb #030016
@@ -238,6 +241,7 @@ def _examined_slice(row):
     try:
         pixels, (row['row_spacing'], row['column_spacing']), facts = read_image(row)
         (row['rows'], row['columns']), row['synthetic'] = pixels.shape, facts['synthetic']
+        row['repaired'] = '; '.join(facts['repairs'])
         row['_uid'], row['_digest'] = facts['uid'], hashlib.blake2b(pixels, digest_size=16).hexdigest()
         if facts['relative']: row['robust_max'] = 1.
         labels = read_labels(row, pixels.shape)
@@ -297,7 +301,7 @@ def _examined(volumes, workers=None):
 def read_layout(
     root: Path | str,  # the cohort's folder
     name: str = 'semmelweis',  # a key of `LAYOUTS`
-    scales: dict[str, float] | None = None,  # type -> scale of its stored values, as {'T2': 0.1} for tenths of a millisecond; adds the column `scale`
+    scales: dict[str, float] | None = None,  # type -> scale of its stored values, as {'T2': 0.1} for tenths of a millisecond
     workers: int | None = None,  # processes; None: one a core for a thousand slices or more, else none
     **options  # of the layout
 ) -> pd.DataFrame:  # a row a slice, columns `COLUMNS`, splits still empty unless the layout knows them
@@ -306,13 +310,13 @@ def read_layout(
     root = Path(root).absolute()
     if not root.exists(): raise CMRError(f'{root}: no such folder')
     rows = _unique_ids(list(LAYOUTS[name](root, **options)))
-    if scales: rows = [{**row, 'scale': float(scales.get(row['type'], image_type(row['type']).scale))} for row in rows]
+    for row in rows: row['scale'] = float((scales or {}).get(row['type'], row['scale']))
     if not rows: raise CMRError(f"{root}: no slice found for the layout {name!r}, which is {' '.join((LAYOUTS[name].__doc__ or '').split())}")
     volumes = {}
     for row in rows: volumes.setdefault(row['volume'], []).append({**row, 'layout': name})
     examined = _without_duplicates([row for rows in _examined(list(volumes.values()), workers) for row in rows])
     for row in examined: row['usable'] = not row['reason']
-    return _with_structures(pd.DataFrame(examined, columns=[*COLUMNS, *(['scale'] if scales else [])]))
+    return _with_structures(pd.DataFrame(examined, columns=list(COLUMNS)))
 
 # %% ../nbs/03_layouts.ipynb #030030
 ACDC_VALUES = '1:3,2:1,3:2'  # right ventricle, myocardium, left ventricle
@@ -396,7 +400,7 @@ def _csv_rows(line, base, number):
     "Rows of one line of a CSV."
     image, label = base/line['image'], base/line['label'] if line.get('label') else ''
     try:
-        known = {k: float(line[k]) for k in ('row_spacing', 'column_spacing') if line.get(k)} | dict(observer=int(line.get('observer') or 1))
+        known = {k: float(line[k]) for k in ('row_spacing', 'column_spacing', 'scale') if line.get(k)} | dict(observer=int(line.get('observer') or 1))
         numbers = _slice_numbers(image, line.get('image_index', ''))
         label_index = int(line.get('label_index') or -2)
     except ValueError as e: raise CMRError(f'line {number}: {e}') from None

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from . import figures
 from .contours import crossings
 from .core import CMRError, atomic_path, shared_data
 from .layouts import load_slice, read_image, row_contours
@@ -22,9 +23,9 @@ SEVERITY = {kind: severity for severity, kinds in dict(
     error=('unreadable', 'truncated', 'no pixel data', 'missing plugin', 'wrong modality', 'colour', 'multi-frame', 'malformed contour', 'self-crossing', 'outside the image',
            'endocardium not inside epicardium', 'unknown label', 'label and image of different shape', 'implausible spacing', 'constant image', 'saturated image', 'no signal',
            'implausible values', 'duplicate slice', 'patient in two splits'),
-    warning=('missing contour', 'missing structure', 'missing spacing', 'small loop', 'unexpected folder', 'not in the split'),
-    info=('no label', 'empty label', 'excluded', 'superseded')).items() for kind in kinds}
-FINDING = ('path', 'patient', 'kind', 'severity', 'message', 'action')  # action: 'excluded' or 'kept'
+    warning=('missing contour', 'missing structure', 'missing spacing', 'small loop', 'unexpected folder', 'not in the split', 'stray bits', 'missing tag'),
+    info=('no label', 'empty label', 'excluded', 'superseded', 'missing meta header')).items() for kind in kinds}
+FINDING = ('path', 'patient', 'kind', 'severity', 'message', 'action')  # action: 'excluded', 'kept' or 'repaired'
 
 _OF_LABEL = ('contour', 'epicardium', 'label', 'structure', 'self-crossing', 'outside', 'loop')  # words of kinds that are about the label file
 
@@ -35,6 +36,9 @@ def _finding(row, kind, message, action):
 # %% ../nbs/06_qc.ipynb #060007
 def _of_row(row):
     "Findings about one row of the table."
+    for repair in filter(None, str(row['repaired']).split('; ')):
+        kind, _, message = repair.partition(': ')
+        yield _finding(row, kind, message, 'repaired')
     if not row['usable']:
         kind, _, message = str(row['reason']).partition(': ')
         yield _finding(row, kind or 'unreadable', message, 'excluded')
@@ -102,12 +106,22 @@ def thumbnail(
     except CMRError: pass
     return picture
 
+def _img(png): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
 def _picture_tag(row):
     "An <img> with the thumbnail inside, '' where there is none."
     if row is None or (picture := thumbnail(row)) is None: return ''
     drawn = io.BytesIO()
     picture.save(drawn, format='png')
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}">'
+    return _img(drawn.getvalue())
+
+def _figures(table, slices=12):
+    "The figures of the exploration notebook about the usable slices, as <img>; values from so many slices a type."
+    good = table[table.usable]
+    if not len(good): return ''
+    some = [load_slice(row) for row in good.sample(frac=1, random_state=0).groupby('type').head(slices).to_dict('records')]
+    drawn = (figures.bars(good), figures.matrix_sizes(good), figures.value_histograms(some))
+    return '<p>' + '<br>'.join(_img(fig._repr_png_()) for fig in drawn) + '</p>'
 
 _PAGE = '''<!doctype html><meta charset="utf-8"><title>Findings</title>
 <style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse;margin-bottom:2em}td,th{border-bottom:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top}
@@ -125,7 +139,8 @@ def write_findings(
     found: pd.DataFrame,  # of `findings`
     table: pd.DataFrame,  # the cohort table that they are about
     folder: Path | str,  # gets findings.csv and findings.html
-    pictures: int = 300  # how many thumbnails at most, the gravest first
+    pictures: int = 300,  # how many thumbnails at most, the gravest first
+    hide=str  # what is done to every text that is written, such as `pseudonyms`
 ) -> Path:  # the HTML page
     "Write findings as CSV and as one HTML page with a thumbnail beside each problem that a slice has."
     order = found.severity.map(dict(error=0, warning=1, info=2)).sort_values(kind='stable').index
@@ -134,8 +149,9 @@ def write_findings(
         for path in (row['label'], row['image']): rows.setdefault((path, row['reason'].partition(': ')[2]), row); rows.setdefault((path, None), row)
     of = lambda f: rows.get((f.path, f.message)) or rows.get((f.path, None))
     tags = [_picture_tag(of(f)) if i < pictures else '' for i, f in enumerate(found.itertuples())]
+    found = found.map(hide)
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder/'findings.csv') as p: found.to_csv(p, index=False)
     with atomic_path(folder/'findings.html') as p:
-        p.write_text(f'{_PAGE}<h1>{len(found)} findings about {len(table)} slices, {int(table.usable.sum())} usable</h1>{_html_table(count_findings(found))}{_html_table(found, tags)}', encoding='utf-8')
+        p.write_text(f'{_PAGE}<h1>{len(found)} findings about {len(table)} slices, {int(table.usable.sum())} usable</h1>{_html_table(count_findings(found))}{_figures(table)}{_html_table(found, tags)}', encoding='utf-8')
     return folder/'findings.html'
