@@ -38,13 +38,14 @@ class Denoiser:
         model: nn.Module,  # an `SDM`
         recipe: 'EDM | Paper',
         precision: str = 'float32',  # 'float32', or 'bfloat16': the network under autocast
+        max_modulation_mb: float = 512.,  # memory for modulations kept over the steps of sampling; the rest is made again
     ):
         if precision not in PRECISIONS: raise CMRError(f'precision {precision!r}: choose one of {", ".join(PRECISIONS)}')
-        self.model, self.recipe, self.precision = model, recipe, precision
+        self.model, self.recipe, self.precision, self.max_modulation_mb = model, recipe, precision, max_modulation_mb
 
     def prepare(self, condition: Condition) -> Prepared:
         "The condition, ready for many calls."
-        return Prepared(self.model.labels(condition.classes, keep=True), condition.spacing)
+        return Prepared(self.model.labels(condition.classes, self.max_modulation_mb), condition.spacing)
 
     def network(self, x: Tensor, t: Tensor, condition: Condition | Prepared) -> Tensor:
         "The raw network output, float32."
@@ -206,12 +207,16 @@ class Paper:
         mse = (predicted - noise).square().flatten(1).mean(1)
         return {'loss': mse + self.vb_weight * vb, 'mse': mse, 'vb': vb}
 
-    def time_of(self, sigma: Tensor) -> Tensor:
-        "The (fractional) t at which the noise level is `sigma`."
-        s = np.log(self.tables['sigma'])
-        t = np.interp(sigma.double().log().cpu().numpy(), s, np.arange(self.steps))
-        near = np.round(t)
-        return torch.from_numpy(np.where(np.abs(t - near) < 1e-3, near, t)).float().to(sigma.device)
+    def time_of(self,
+        sigma: Tensor  # (B,) noise levels
+    ) -> Tensor:  # (B,) float32
+        "The (fractional) t at which the noise level is `sigma`; no round trip to the host."
+        levels = torch.from_numpy(np.log(self.tables['sigma'])).to(sigma.device)
+        at = sigma.double().log()
+        after = torch.searchsorted(levels, at).clamp(1, self.steps - 1)
+        low, high = levels[after - 1], levels[after]
+        t = (after - 1 + (at - low) / (high - low)).clamp(0, self.steps - 1)
+        return torch.where((t - t.round()).abs() < 1e-3, t.round(), t).float()
 
     def denoise(self, denoiser, x, sigma, condition):
         s = _column(sigma, x)

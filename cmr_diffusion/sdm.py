@@ -123,10 +123,10 @@ class LabelPyramid:
         y: Tensor,  # classes (B, H, W) integer in [0, channels], or a map (B, channels, H, W) float, one-hot or soft; null = `channels`, or all zeros
         channels: int,  # channels of the one-hot map
         method: str = 'auto',  # 'auto', or 'dense' or 'neighbourhood' for every layer
-        keep: bool = False,  # keep each layer's modulation for the next call (sampling: it does not depend on time)
+        keep_mb: float = 0.,  # keep the layers' modulations for the next call (sampling: they do not depend on time), up to this much memory
     ):
         if method not in ('auto', 'dense', 'neighbourhood'): raise CMRError(f"SPADE method {method!r}: use 'auto', 'dense' or 'neighbourhood'")
-        self.channels, self.method, self.kept = channels, method, {} if keep else None
+        self.channels, self.method, self.kept, self.room = channels, method, {}, keep_mb * 1e6
         self.soft, self.classes, self._levels = None, None, {}
         if y.is_floating_point():
             if y.ndim != 4 or y.shape[1] != channels: raise CMRError(f'condition of shape {tuple(y.shape)}: expected (B, {channels}, H, W)')
@@ -153,6 +153,12 @@ class LabelPyramid:
     def at(self, size: tuple[int, int]) -> Tensor:  # (B, rows, columns) classes
         "The class numbers at a feature size."
         return self._nearest(self.classes[:, None].float(), size)[:, 0].long() if tuple(size) != self.shape else self.classes
+
+    def keep(self, layer: nn.Module, modulation: Tensor) -> Tensor:  # the modulation
+        "Keeps what a layer made, if there is room; what does not fit is made again at each call."
+        size = modulation.numel() * modulation.element_size()
+        if size <= self.room: self.kept[layer] = modulation; self.room -= size
+        return modulation
 
     def neighbourhoods(self, size: tuple[int, int]) -> Neighbourhoods | None:
         "The neighbourhoods at a feature size, or None where the dense path is the better one."
@@ -195,13 +201,11 @@ class SPADE(nn.Module):
 
     def modulation(self, x: Tensor, labels: LabelPyramid) -> Tensor:  # (B, 2C, H, W)
         "Scale and shift at the size of `x`; in sampling made once."
-        kept = labels.kept
-        made = kept.get(self) if kept is not None else None
         B, C, H, W = x.shape
-        nb = labels.neighbourhoods((H, W))
+        nb, made = labels.neighbourhoods((H, W)), labels.kept.get(self)
         if made is None:
             made = self.maps(labels.one_hot((H, W), x.dtype)) if nb is None else self.table(nb)
-            if kept is not None: kept[self] = made = made.to(x.dtype)
+            if labels.room: made = labels.keep(self, made.to(x.dtype))
         if nb is None: return made
         return F.embedding(nb.index, made.to(x.dtype)).view(B, H, W, 2 * C).permute(0, 3, 1, 2)  # channels last
 
@@ -379,10 +383,10 @@ class SDM(nn.Module):
 
     def labels(self,
         y: Tensor,  # classes (B, H, W) integer, or a map (B, K, H, W) float
-        keep: bool = False,  # keep the modulations: for sampling, where one map serves many steps
+        keep_mb: float = 0.,  # memory for the modulations: for sampling, where one map serves many steps
     ) -> LabelPyramid:
         "The label map prepared for this network; can be handed to `forward` in place of `y`."
-        return LabelPyramid(y, self.config.label_channels, self.spade, keep)
+        return LabelPyramid(y, self.config.label_channels, self.spade, keep_mb)
 
     def embedding(self, t: Tensor, spacing: Tensor | None) -> Tensor:  # (B, 4C)
         "Time and spacing."
