@@ -1,0 +1,92 @@
+"""Every sampler against the schedulers of `diffusers`: the same noise, the same toy denoiser, the settings that make them equal."""
+import pytest
+import torch
+
+from cmr_diffusion.diffusion import EDM, Paper
+from cmr_diffusion.samplers import SeededNoise, ddim, ddpm, dpmpp_2m, heun
+
+diffusers = pytest.importorskip('diffusers', reason='the oracle of the samplers comes with the dev extra')
+SHAPE = (1, 1, 16, 16)
+LINEAR = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_schedule='linear')
+
+
+class Mixture:
+    "The ideal denoiser of two Gaussians a pixel, at -0.5 and 0.4, in float64; `v` makes up a learned variance."
+    def __init__(self, learned=False): self.learned = learned
+
+    def __call__(self, x, sigma, condition=None, variance=False):
+        x, sigma = x.double(), torch.as_tensor(sigma).double()
+        means, std = torch.tensor([-.5, .4], dtype=torch.float64), .1
+        total = std**2 + sigma**2
+        weights = torch.softmax(-(x[..., None] - means)**2/(2*total), dim=-1)
+        x0 = ((std**2*x[..., None] + sigma**2*means)/total*weights).sum(-1)
+        return (x0, torch.tanh(x) if self.learned else None) if variance else x0
+
+
+def start(sigma, seed=3):
+    return SeededNoise([seed], SHAPE[1:])().double()*sigma
+
+
+def close(ours, theirs):
+    assert (ours - theirs).abs().max() < 1e-4
+    assert theirs.abs().max() < 1.5 and theirs.std() > .2  # they did sample the mixture
+
+
+@pytest.mark.parametrize('steps', [10, 50])
+def test_ddim(steps):
+    scheduler = diffusers.DDIMScheduler(**LINEAR, clip_sample=False, set_alpha_to_one=True, timestep_spacing='leading', steps_offset=0)
+    scheduler.set_timesteps(steps)
+    paper, D = Paper(), Mixture()
+    sigmas = paper.sigmas(steps, 'leading').double()
+    x = start((1 + sigmas[0]**2).sqrt())
+    vp = x/(1 + sigmas[0]**2).sqrt()
+    for t, sigma in zip(scheduler.timesteps, sigmas):
+        ve = vp*(1 + sigma**2).sqrt()
+        vp = scheduler.step((ve - D(ve, sigma))/sigma, t, vp).prev_sample
+    close(ddim(D, x, sigmas, None), vp)
+
+
+@pytest.mark.parametrize('learned', [False, True])
+@pytest.mark.parametrize('steps', [20, 200])
+def test_ddpm(steps, learned):
+    scheduler = diffusers.DDPMScheduler(**LINEAR, clip_sample=False, timestep_spacing='leading', variance_type='learned_range' if learned else 'fixed_small')
+    scheduler.set_timesteps(steps)
+    D, sigmas = Mixture(learned), Paper().sigmas(steps, 'leading').double()
+    x = start((1 + sigmas[0]**2).sqrt())
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    vp = x/(1 + sigmas[0]**2).sqrt()
+    for t, sigma in zip(scheduler.timesteps, sigmas):
+        ve = vp*(1 + sigma**2).sqrt()
+        x0, v = D(ve, sigma, variance=True)
+        output = (ve - x0)/sigma
+        vp = scheduler.step(output if v is None else torch.cat([output, v], dim=1), t, vp, generator=theirs).prev_sample
+    close(ddpm(D, x, sigmas, None, noise=lambda: torch.randn(SHAPE, generator=ours, dtype=torch.float64)), vp)
+
+
+@pytest.mark.parametrize('steps', [10, 20])
+def test_dpmpp_2m(steps):
+    edm, D = EDM(), Mixture()
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, sigma_schedule='karras',
+                                                         rho=edm.rho, solver_order=2, algorithm_type='dpmsolver++', solver_type='midpoint', final_sigmas_type='zero')
+    scheduler.set_timesteps(steps)
+    sigmas = edm.sigmas(steps)
+    assert torch.allclose(scheduler.sigmas, sigmas, rtol=1e-5)
+    sigmas = scheduler.sigmas.double()
+    theirs = x = start(sigmas[0])
+    for t, sigma in zip(scheduler.timesteps, sigmas):  # the scheduler wants F of D = c_skip x + c_out F
+        total = (sigma**2 + edm.sigma_data**2).sqrt()
+        F = (D(theirs, sigma) - edm.sigma_data**2/total**2*theirs)/(sigma*edm.sigma_data/total)
+        theirs = scheduler.step(F, t, theirs).prev_sample.double()
+    close(dpmpp_2m(D, x, sigmas, None), theirs)
+
+
+@pytest.mark.parametrize('steps', [10, 30])
+def test_heun(steps):
+    scheduler, D = diffusers.HeunDiscreteScheduler(**LINEAR, use_karras_sigmas=True), Mixture()
+    scheduler.set_timesteps(steps)
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]]).double()  # inner levels stand there twice
+    assert len(sigmas) == steps + 1
+    theirs = x = start(sigmas[0])
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.double()):
+        theirs = scheduler.step((theirs - D(theirs, sigma))/sigma, t, theirs).prev_sample.double()
+    close(heun(D, x, sigmas, None), theirs)
