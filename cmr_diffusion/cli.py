@@ -102,7 +102,7 @@ def cmr_train(
     preset: str = 'small',  # size of the network: tiny, small, base, paper
     recipe: str = 'edm',  # edm, or paper (as published)
     steps: int = None,  # optimizer steps
-    minutes: float = None,  # time box; with --steps, whichever ends first
+    minutes: float = None,  # time box (default: 60 where no --steps is given); with --steps, whichever ends first
     init: str = None,  # run or checkpoint folder whose weights to start from
     batch_size: int = 16,  # slices a step
     learning_rate: float = 4e-4,  # its highest value
@@ -118,6 +118,7 @@ def cmr_train(
     from cmr_diffusion.data import CohortCache
     from cmr_diffusion.tracking import CHECKPOINT, find_run, ui_command
     from cmr_diffusion.training import TrainConfig, train
+    if steps is None and minutes is None: minutes = 60.
     config = TrainConfig(preset=preset, recipe=recipe, steps=steps, minutes=minutes, batch_size=batch_size, learning_rate=learning_rate,
                          precision=precision, checkpointing=checkpointing, checks=checks, seed=seed)
     run_id, folder = train(CohortCache.load(cache), config, experiment, run_name, init, _device(device))
