@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'LAYOUTS', 'MAX_VOXELS', 'MAX_SIDE', 'MIN_SPACING', 'MAX_S
            'write_semmelweis']
 
 # %% ../nbs/03_layouts.ipynb #030002
-import hashlib, json, math, multiprocessing, os, re, zlib
+import hashlib, json, logging, math, multiprocessing, os, re, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -67,6 +67,7 @@ def layout(
 
 # %% ../nbs/03_layouts.ipynb #030010
 MAX_VOXELS = 2**26
+logging.getLogger('nibabel.global').setLevel(logging.CRITICAL)  # it prints what it puts right in a header, slice after slice
 
 @lru_cache(maxsize=6)
 def _volume(path, stamp):
