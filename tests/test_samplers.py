@@ -90,3 +90,14 @@ def test_heun(steps):
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.double()):
         theirs = scheduler.step((theirs - D(theirs, sigma))/sigma, t, theirs).prev_sample.double()
     close(heun(D, x, sigmas, None), theirs)
+
+
+@pytest.mark.parametrize('sampler, low, high', [(ddim, .8, 1.25), (heun, 1.7, 2.6), (dpmpp_2m, 1.6, 2.6)])
+def test_order_of_convergence_on_a_mixture(sampler, low, high):
+    "The distance to the exact end of the path (2,000 steps of Heun) falls as steps ** -order."
+    D = Mixture()
+    x = start(EDM().sigma_max)
+    exact, steps = heun(D, x, EDM().sigmas(2000).double(), None), torch.tensor([80., 160, 320])
+    errors = torch.stack([(sampler(D, x, EDM().sigmas(int(n)).double(), None) - exact).abs().mean() for n in steps])
+    orders = (errors[:-1]/errors[1:]).log2()
+    assert ((low < orders) & (orders < high)).all(), orders
