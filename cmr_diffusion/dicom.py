@@ -7,7 +7,7 @@ __all__ = ['MAX_FILE', 'MAX_PIXELS', 'PLUGINS', 'BadData', 'tag_text', 'dicom_da
            'write_dicom']
 
 # %% ../nbs/01_dicom.ipynb #010002
-import hashlib, io, math, warnings, zlib
+import hashlib, io, logging, math, warnings, zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 from pydicom.valuerep import DSfloat
 
 from .core import CMRError, Slice, atomic_path, image_type
+
+logging.getLogger('pydicom').setLevel(logging.ERROR)  # what it finds odd in a tag, file after file, is not for the screen
 
 # %% ../nbs/01_dicom.ipynb #010005
 class BadData(CMRError):
@@ -48,7 +50,8 @@ def tag_text(
     keyword: str # of a tag
 ) -> str: # '' where the tag is absent or damaged (tags are decoded when they are asked for)
     "A tag as text."
-    try: return str(dataset.get(keyword, '') or '').strip()
+    try:
+        with pydicom.config.disable_value_validation(): return str(dataset.get(keyword, '') or '').strip()
     except Exception: return ''
 
 def _spacing(dataset, repairs):
