@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'WINDOWS', 'LABEL_COLOURS', 'PIXEL', 'SPLIT_COLOURS', 'Picture', 'window', 'overlay', 'show_labels',
            'show_slice', 'image_grid', 'sample_grid', 'comparison', 'bars', 'matrix_sizes', 'value_histograms',
-           'training_curves']
+           'column_histograms', 'show_contours', 'training_curves']
 
 # %% ../nbs/05_figures.ipynb #050003
 import io
@@ -249,6 +249,34 @@ def _by_structure(slices) -> dict:
     return out
 
 # %% ../nbs/05_figures.ipynb #050034
+def column_histograms(
+    table: pd.DataFrame,  # a row a slice
+    columns: dict[str, str],  # column -> what stands below its axis
+    by: str = 'level',  # a line a value of this column
+    bins: int = 12
+) -> Figure:
+    "Histograms of columns, side by side."
+    fig = Picture((3*len(columns), 2.2), dpi=70, layout='constrained')
+    for ax, (column, label) in zip(np.atleast_1d(fig.subplots(1, len(columns))), columns.items()):
+        edges = np.histogram_bin_edges(table[column].dropna(), bins)
+        for group, rows in table.groupby(by): ax.hist(rows[column].dropna(), edges, histtype='step', label=group or 'all')
+        ax.set_xlabel(label, fontsize=8); ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(fontsize=7, frameon=False)
+    return fig
+
+def show_contours(
+    labels: np.ndarray,  # (rows, columns) numbers of STRUCTURES
+    contours: dict[str, np.ndarray],  # name -> (n, 2) x, y
+    size: float = 3.  # inches
+) -> Figure:
+    "Contours with their points on the label map, near the heart."
+    fig = show_labels(labels, ', '.join(name.replace('_', ' ') for name in contours), size)
+    for points in contours.values(): fig.axes[0].plot(*np.vstack([points, points[:1]]).T, '.-', color='white', lw=0.8, ms=2)
+    y, x = np.nonzero(labels)
+    if len(x): fig.axes[0].set(xlim=(x.min() - 4, x.max() + 4), ylim=(y.max() + 4, y.min() - 4))
+    return fig
+
+# %% ../nbs/05_figures.ipynb #050037
 def training_curves(
     history: pd.DataFrame,  # index: step; a column a metric ('train/loss', 'val/loss', 'lr'), nan where not measured
     log: bool = True  # logarithmic axis where all values are positive
