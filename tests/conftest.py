@@ -2,6 +2,7 @@
 import contextlib, io, os, runpy, subprocess, sys
 from pathlib import Path
 
+import pydicom
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +51,16 @@ def store(place):
         yield
 
 
+SECRETS = dict(PatientName='Doe^Secretive', PatientID='SECRET-4711', PatientBirthDate='19500203', AccessionNumber='SECRET-0815', InstitutionName='Secret Hospital')
+
 @pytest.fixture(scope='session')
 def phantom(place):
+    "A cohort whose headers name patients, as those of a hospital do."
     place.must('cmr_phantom', 'phantom', '--patients', 5)
+    for f in (place.folder/'phantom').rglob('*.dcm'):
+        d = pydicom.dcmread(f)
+        for tag, value in SECRETS.items(): setattr(d, tag, value)
+        d.save_as(f)
     return place.folder/'phantom'
 
 
