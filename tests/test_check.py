@@ -53,9 +53,9 @@ def test_pseudonyms(place, damaged):
 
 def test_scale_of_a_type(place, phantom):
     from cmr_diffusion.data import CohortCache
-    root = shutil.copytree(phantom, place.folder/'tenths')
+    root = shutil.copytree(phantom, place.folder/'tenths')  # as a scanner writes them: no unit, nothing synthetic
     for f in root.glob('*/T2_Mapping_/*.dcm'):
-        tags = pydicom.dcmread(f); tags.RescaleSlope = str(10*tags.RescaleSlope); del tags.RescaleType; tags.save_as(f)
+        tags = pydicom.dcmread(f); tags.RescaleSlope = str(10*tags.RescaleSlope); tags.SyntheticData = 'NO'; del tags.RescaleType; tags.save_as(f)
     prepare = 'cmr_prepare', root, 'tenths_cache', '--type', 'T2', '--size', 32, '--spacing', '3-4', '--workers', 1
     one_line(place.run(*prepare), 'implausible values')
     place.must(*prepare, '--scale', 'T2=0.1')
