@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 from pydicom.valuerep import DSfloat
 
 from .core import CMRError, Slice, atomic_path, image_type
@@ -65,6 +65,18 @@ def _spacing(dataset, repairs):
     return math.nan, math.nan
 
 # %% ../nbs/01_dicom.ipynb #010009
+_FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7}  # of JPEG and JPEG-LS
+
+def _coded_size(data):
+    "Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream states; None where none is found."
+    number = lambda place, size: int.from_bytes(data[place:place + size], 'big')
+    if (k := data.find(b'\xff\x4f\xff\x51')) >= 0: return number(k + 12, 4) - number(k + 20, 4), number(k + 8, 4) - number(k + 16, 4)
+    k = data.find(b'\xff\xd8\xff') + 2
+    while 1 < k < len(data) - 9 and data[k] == 0xFF:
+        if data[k + 1] in _FRAME_MARKERS: return number(k + 5, 2), number(k + 7, 2)
+        k += 1 if data[k + 1] == 0xFF else 2 + number(k + 2, 2)
+
+# %% ../nbs/01_dicom.ipynb #010010
 def _check_decodable(dataset):
     "Raise `BadData` unless the dataset holds one monochrome frame whose size agrees with its pixel data."
     data = next((dataset.get(k) for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData') if k in dataset), None)
@@ -78,12 +90,15 @@ def _check_decodable(dataset):
     if tag_text(dataset, 'PhotometricInterpretation') not in ('', 'MONOCHROME1', 'MONOCHROME2'): raise BadData(f"colour image ({tag_text(dataset, 'PhotometricInterpretation')[:20]})", 'colour')
     if rows*columns > MAX_PIXELS: raise BadData(f'header claims {rows} x {columns} pixels')
     syntax = getattr(getattr(dataset, 'file_meta', None), 'TransferSyntaxUID', None)
-    if not (syntax and syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian):
+    if syntax and syntax.is_encapsulated:
+        size = None if syntax == RLELossless else _coded_size(data)
+        if size not in (None, (rows, columns)): raise BadData(f'compressed image of {size[0]} x {size[1]} pixels, but the header says {rows} x {columns}')
+    else:
         bits = 32 if 'FloatPixelData' in dataset else 64 if 'DoubleFloatPixelData' in dataset else int(_number(dataset, 'BitsAllocated', 16))
         need = (rows*columns*bits + 7)//8
         if len(data) < need: raise BadData(f'truncated: {len(data)} bytes of pixel data, {need} needed for {rows} x {columns}', 'truncated')
 
-# %% ../nbs/01_dicom.ipynb #010011
+# %% ../nbs/01_dicom.ipynb #010012
 def _check_inflated(data):
     "Raise `BadData` for a deflated file that grows beyond the limit."
     if DeflatedExplicitVRLittleEndian.encode() not in data[:1000]: return
@@ -113,7 +128,7 @@ def dicom_dataset(
 
 def one_line(error): return ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
 
-# %% ../nbs/01_dicom.ipynb #010013
+# %% ../nbs/01_dicom.ipynb #010014
 PLUGINS = {'JPEGLSLossless': 'pyjpegls', 'JPEGLSNearLossless': 'pyjpegls', 'JPEG2000Lossless': 'pylibjpeg pylibjpeg-openjpeg', 'JPEG2000': 'pylibjpeg pylibjpeg-openjpeg'}  # others: python-gdcm
 
 def _complete(dataset, repairs):
@@ -146,7 +161,7 @@ def _decode(dataset, repairs):
     if n := _stray_bits(dataset, pixels): repairs.append(f'stray bits: cleared above BitsStored={dataset.BitsStored} in {n} pixels')
     return pixels
 
-# %% ../nbs/01_dicom.ipynb #010015
+# %% ../nbs/01_dicom.ipynb #010016
 def read_dicom(
     path: Path | str,  # a DICOM file with one greyscale frame
     type: str | None = None,  # image type, whose `scale` turns the file's numbers into its unit
@@ -170,7 +185,7 @@ def read_dicom(
     except BadData as e: raise e.of(path) from None
     except Exception as e: raise BadData(f'{path}: pixel data cannot be decoded ({one_line(e)})') from None
 
-# %% ../nbs/01_dicom.ipynb #010017
+# %% ../nbs/01_dicom.ipynb #010018
 def rescale(
     type: str  # image type
 ) -> tuple[float, str]:  # slope, RescaleType
@@ -179,7 +194,7 @@ def rescale(
     if not t.quantitative: return 1/4096, 'RMAX'
     return next((s for s in (.01, .02, .05, .1, .2, .5) if s*65535 >= 1.2*t.maximum), 1.), t.unit
 
-# %% ../nbs/01_dicom.ipynb #010020
+# %% ../nbs/01_dicom.ipynb #010021
 def _stored(slice, slope, unit):
     "The numbers to store (rows, columns) uint16; values outside the range are clipped, those that are not finite become 0."
     if unit != 'RMAX': values = slice.pixels
@@ -205,7 +220,7 @@ def _identify(ds, slice, synthetic, description, patient_id, patient_name, seed)
         setattr(ds, keyword, '' if keyword[-4:] not in ('Time', 'ngth') else None)  # required to be there, allowed to be empty
     ds.ScanningSequence, ds.SequenceVariant, ds.PatientPosition, ds.SeriesNumber = 'RM', 'NONE', 'HFS', 1
 
-# %% ../nbs/01_dicom.ipynb #010022
+# %% ../nbs/01_dicom.ipynb #010023
 def _picture(ds, slice, slope, unit, instance):
     "Matrix, spacing, pixels and their meaning."
     stored = _stored(slice, slope, unit)
