@@ -8,7 +8,8 @@ from pathlib import Path
 
 EACH = {  # (file, damage): whether no slice can survive it, how many
     ('good.dcm', 'cut'): (True, 200), ('good.dcm', 'flipped'): (False, 200), ('good.dcm', 'head_flipped'): (False, 200), ('good.dcm', 'without_tags'): (True, 100), ('good.dcm', 'resized'): (True, 150),
-    ('good.dcm', 'retagged'): (True, 100), ('good.dcm', 'anything'): (False, 100), ('good.json', 'cut'): (True, 100), ('good.json', 'flipped'): (False, 100), ('good.json', 'rewritten'): (True, 200),
+    ('good.dcm', 'retagged'): (True, 100), ('good.dcm', 'anything'): (False, 100), ('j2k.dcm', 'stream_flipped'): (False, 60), ('jls.dcm', 'stream_flipped'): (False, 60), ('rle.dcm', 'stream_flipped'): (False, 60),
+    ('good.json', 'cut'): (True, 100), ('good.json', 'flipped'): (False, 100), ('good.json', 'rewritten'): (True, 200),
     ('i-contours/icontour.txt', 'reworded'): (True, 100), ('i-contours/icontour.txt', 'cut_early'): (True, 20), ('o-contours/ocontour.txt', 'flipped'): (False, 100), ('good.nii.gz', 'cut'): (True, 80),
     ('good.nii.gz', 'flipped'): (False, 80), ('good.nii.gz', 'volume_resized'): (True, 60), ('good.nii.gz', 'header_flipped'): (False, 60), ('good_gt.nii.gz', 'cut'): (True, 40), ('good_gt.nii.gz', 'header_flipped'): (False, 40)}
 
@@ -83,14 +84,14 @@ def strategies(good):
         return st.tuples(size, size, size).map(claim)
 
     return dict(cut=lambda d: st.integers(0, len(d) - 400 if len(d) > 4000 else len(d) - 20).map(lambda n: d[:n]), cut_early=lambda d: st.integers(0, 20).map(lambda n: d[:n]), flipped=flipped,
-                head_flipped=lambda d: flipped(d, 700), without_tags=without_tags, resized=resized, retagged=retagged, anything=lambda d: st.one_of(st.binary(max_size=4000), st.binary(max_size=400).map(lambda b: d[:300] + b)),
+                head_flipped=lambda d: flipped(d, 700), stream_flipped=lambda d: flipped(d[d.rindex(b'\xe0\x7f\x10\x00'):], 250).map(lambda end: d[:d.rindex(b'\xe0\x7f\x10\x00')] + end), without_tags=without_tags, resized=resized, retagged=retagged, anything=lambda d: st.one_of(st.binary(max_size=4000), st.binary(max_size=400).map(lambda b: d[:300] + b)),
                 rewritten=rewritten, reworded=reworded, volume_resized=volume_resized,
                 header_flipped=lambda d: flipped(gzip.decompress(d), 352).map(lambda b: gzip.compress(b, 1)))
 
 
 def good_files(base):
     "A T1 map of a made-up heart with its contours in every form, and a volume with labels."
-    import nibabel, numpy as np
+    import nibabel, numpy as np, pydicom
     from cmr_diffusion.contours import contours_of, write_contours
     from cmr_diffusion.core import Slice
     from cmr_diffusion.dicom import write_dicom
@@ -99,6 +100,8 @@ def good_files(base):
     ring = np.where(r < 6, 2, np.where(r < 10, 1, 0)).astype(np.uint8)
     pixels = (np.array([400, 1000, 1600])[ring]*np.random.default_rng(0).normal(1, .03, ring.shape)).astype(np.float32)
     write_dicom(base/'good.dcm', Slice(pixels, (1.5, 1.5), 'T1', ring, 'p', 's'), synthetic=False)
+    for name, syntax, plugin in (('j2k', pydicom.uid.JPEG2000Lossless, 'pylibjpeg'), ('jls', pydicom.uid.JPEGLSLossless, 'pyjpegls'), ('rle', pydicom.uid.RLELossless, 'pydicom')):
+        ds = pydicom.dcmread(base/'good.dcm'); ds.compress(syntax, encoding_plugin=plugin); ds.save_as(base/f'{name}.dcm')
     write_contours(base/'good.json', contours_of(ring))
     angle = np.linspace(0, 2*np.pi, 40, endpoint=False)
     for k, radius in (('o', 10), ('i', 6)):
@@ -111,7 +114,7 @@ def row_for(base, file):
     from cmr_diffusion.layouts import slice_row
     nifti = 'nii' in file
     label = 'good_gt.nii.gz' if nifti else 'good.json' if file == 'good.json' else 'i-contours/icontour.txt'
-    return slice_row(patient='p', type='T1', slice='s', image=str(base/('good.nii.gz' if nifti else 'good.dcm')), label=str(base/label), image_index=1 if nifti else -1, label_index=1 if nifti else -1)
+    return slice_row(patient='p', type='T1', slice='s', image=str(base/(file if file.endswith('.dcm') else 'good.nii.gz' if nifti else 'good.dcm')), label=str(base/label), image_index=1 if nifti else -1, label_index=1 if nifti else -1)
 
 
 def examine(base, file, damaged, fatal):
