@@ -66,10 +66,10 @@ def layout(
     return register
 
 # %% ../nbs/03_layouts.ipynb #030010
-MAX_VOXELS = 2**26
+MAX_VOXELS = 2**25  # two volumes of so many numbers, an image and its labels, stay below a gigabyte
 logging.getLogger('nibabel.global').setLevel(logging.CRITICAL)  # it prints what it puts right in a header, slice after slice
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=2)
 def _volume(path, stamp):
     "Voxels (x, y, z) and their size in mm; `stamp` changes with the file."
     volume = nibabel.load(path)
