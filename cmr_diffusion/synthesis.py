@@ -85,7 +85,8 @@ def synthesize(
                 bar.update(len(batch))
 
     splits_of = {patients[row.patient, n]: row.split for row in rows.drop_duplicates('patient').itertuples() for n in range(per_mask)}
-    out = write_semmelweis(out, slices(), synthetic=True, splits=splits_of, seed=seed)
+    identity = stable_seed(c.info.get('run_id'), splits, type, str(spacing), guidance, steps, sampler, seed)  # other settings, other studies
+    out = write_semmelweis(out, slices(), synthetic=True, splits=splits_of, seed=identity)
     settings = dict(cmr_diffusion=__version__, run_id=c.info.get('run_id'), steps_trained=c.info.get('steps'), type=type, spacing=str(geometry.spacing),
                     guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask, seed=seed, device=str(device), precision=precision,
                     images=len(clipped), clipped_share=float(np.mean(clipped)))
