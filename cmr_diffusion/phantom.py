@@ -14,7 +14,7 @@ __all__ = ['TISSUES', 'AIR', 'LUNG', 'FAT', 'MUSCLE', 'MARROW', 'FLUID', 'LIVER'
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -496,16 +496,17 @@ def phantom_slices(
     types: tuple[str, ...] = ('T1', 'T2'),
     field: float = 1.5,  # T
     right_ventricle: bool = True,  # in the label maps
-    threads: int = 2
+    workers: int = 2  # processes; 1: this one
 ) -> Iterator[Slice]:  # base, mid and apex of every type, patient by patient
     "The slices of a phantom cohort, one after the other."
     numbers = range(1, patients + 1) if isinstance(patients, int) else patients
     jobs = ((p, t, n, right_ventricle) for p in (draw_patient(i, seed, field) for i in numbers) for t in types for n in LEVELS)
-    with ThreadPoolExecutor(threads) as pool:
+    if workers == 1: yield from (phantom_slice(*job) for job in jobs); return
+    with ProcessPoolExecutor(workers) as pool:
         waiting = deque()
         for job in jobs:
             waiting.append(pool.submit(phantom_slice, *job))
-            if len(waiting) > 2*threads: yield waiting.popleft().result()
+            if len(waiting) > 2*workers: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
 # %% ../nbs/07_phantom.ipynb #070060
