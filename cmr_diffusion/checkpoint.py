@@ -19,7 +19,6 @@ from .condition import ConditionSpec
 from .core import CMRError, atomic_path
 from .diffusion import EDM, Denoiser, Guided, Paper, guided, recipe_from_json, recipe_to_json
 from .sdm import SDM, SDMConfig
-from .tracking import resolve_run
 from .transform import Geometry, ValueTransform
 
 # %% ../nbs/23_checkpoint.ipynb #230005
@@ -57,11 +56,11 @@ def save_checkpoint(
     return Path(folder)
 
 def load_checkpoint(
-    run_or_folder: Path | str,  # checkpoint folder, or MLflow run id or name
+    folder: Path | str,  # checkpoint folder; `tracking.resolve_run` finds that of a run
     device: str | torch.device = 'cpu',
 ) -> Checkpoint:
     "Reads what `save_checkpoint` wrote; `CMRError` in one line where that is not to be had."
-    folder = resolve_run(run_or_folder)
+    folder = Path(folder)
     try: config = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError): raise CMRError(f'{folder}: not a checkpoint (no readable config.json); give a run of cmr_train or its checkpoint folder') from None
     if config.get('format') != _FORMAT: raise CMRError(f'{folder}: checkpoint of format {config.get("format")}, this program reads {_FORMAT}; use the version that wrote it ({config.get("cmr_diffusion")})')

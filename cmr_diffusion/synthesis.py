@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .core import CMRError, Slice, atomic_path, stable_seed
 from .data import CohortCache, load_slices
 from .layouts import write_semmelweis
+from .tracking import resolve_run
 from .training import best_device, best_precision, paint
 from .transform import Geometry, GridSlice, place, unplace
 
@@ -65,7 +66,7 @@ def synthesize(
     "Paints images into label maps and writes them as a cohort."
     if per_mask < 1: raise CMRError(f'--per-mask {per_mask}: at least one image a mask')
     device = device or best_device()
-    c = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, device)
+    c = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(resolve_run(checkpoint), device)
     if type: c.spec.structures(type)  # raises where the model does not know it
     geometry = replace(c.geometry, jitter=0)
     if spacing is not None: geometry = replace(geometry, spacing=Geometry.parse(geometry.size, spacing).spacing)

@@ -27,7 +27,7 @@ from .diffusion import Denoiser, make_recipe, recipe_to_json
 from .figures import image_grid
 from .samplers import sample
 from .sdm import PRESETS, SDM, sdm_config
-from .tracking import CHECKPOINT, log_config, log_figure, log_folder, log_metrics, open_run, start_run
+from .tracking import CHECKPOINT, log_config, log_figure, log_folder, log_metrics, open_run, resolve_run, start_run
 from .transform import GridSlice
 
 with warnings.catch_warnings():  # fastai scripts a function on import, which torch deprecates
@@ -278,7 +278,7 @@ def make_learner(
 ) -> tuple[Learner, Checkpoint]:
     "The `Learner` of a training and the checkpoint that it fills."
     torch.manual_seed(config.seed)
-    start = load_checkpoint(init) if init else None
+    start = load_checkpoint(resolve_run(init)) if init else None
     recipe = make_recipe(config.recipe, **({'sigma_data': round(sigma_data(cache), 4)} if config.recipe == 'edm' else {}))
     model = SDM(sdm_config(config.preset, label_channels=cache.spec.channels, variance=recipe.variance))
     values = cache.values
