@@ -26,6 +26,7 @@ class Prepared:
     "A batch of conditions as the network wants them, made once for all steps."
     labels: LabelPyramid
     spacing: Tensor  # (B,) mm
+    rounds: int = 1  # how often the images repeat, one round after the other: guidance asks for two conditions of each
 
 def _column(v, like: Tensor) -> Tensor:  # (B or 1, 1, 1, 1)
     return torch.as_tensor(v, dtype=torch.float32, device=like.device).reshape(-1, 1, 1, 1)
@@ -43,15 +44,18 @@ class Denoiser:
         if precision not in PRECISIONS: raise CMRError(f'precision {precision!r}: choose one of {", ".join(PRECISIONS)}')
         self.model, self.recipe, self.precision, self.max_modulation_mb = model, recipe, precision, max_modulation_mb
 
-    def prepare(self, condition: Condition) -> Prepared:
+    def _autocast(self, device): return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == 'bfloat16')
+
+    def prepare(self, condition: Condition, rounds: int = 1) -> Prepared:
         "The condition, ready for many calls."
-        return Prepared(self.model.labels(condition.classes, self.max_modulation_mb), condition.spacing)
+        with self._autocast(condition.classes.device):
+            return Prepared(self.model.labels(condition.classes, self.max_modulation_mb), condition.spacing, rounds)
 
     def network(self, x: Tensor, t: Tensor, condition: Condition | Prepared) -> Tensor:
         "The raw network output, float32."
-        y = condition.labels if isinstance(condition, Prepared) else condition.classes
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bfloat16'):
-            return self.model(x.contiguous(memory_format=torch.channels_last), t.expand(len(x)), y, condition.spacing).float()
+        y, t = condition.classes if isinstance(condition, Condition) else condition.labels, t.expand(len(x))
+        if isinstance(condition, Prepared): x, t = (v[:len(v) // condition.rounds] for v in (x, t))  # the network repeats them where it has to
+        with self._autocast(x.device): return self.model(x.contiguous(memory_format=torch.channels_last), t, y, condition.spacing).float()
 
     def __call__(self,
         x: Tensor,  # x0 + sigma noise (B, C, H, W)
@@ -247,8 +251,8 @@ class Guided:
     def prepare(self, condition: Condition) -> Prepared:
         "The conditions of the passes that this scale needs."
         if self.scale == 0: condition = condition.null()
-        elif self.scale != 1: condition = Condition.cat([condition, condition.null()])
-        return self.denoise.prepare(condition)
+        if self.scale in (0, 1): return self.denoise.prepare(condition)
+        return self.denoise.prepare(Condition.cat([condition, condition.null()]), rounds=2)
 
     def __call__(self, x: Tensor, sigma: float | Tensor, condition: Condition | Prepared, variance: bool = False) -> Tensor:
         "As `Denoiser.__call__`."

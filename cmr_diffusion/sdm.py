@@ -48,13 +48,15 @@ class Rows:
     ):
         flat = index.flatten()
         lengths = torch.bincount(flat, minlength=count)
+        start, places = lengths.cumsum(0) - lengths, flat.argsort(stable=True) // (index.shape[1] if index.ndim > 1 else 1)
+        self.index, self.places, self.start, self.first = index.int(), places.int(), start.int(), None
+        if lengths.max() <= RUN: return
         runs = (lengths + RUN - 1) // RUN
         first = runs.cumsum(0) - runs
         row = torch.repeat_interleave(torch.arange(count, device=index.device), runs)
-        start = (lengths.cumsum(0) - lengths)[row] + RUN * (torch.arange(len(row), device=index.device) - first[row])
-        places = flat.argsort(stable=True) // (index.shape[1] if index.ndim > 1 else 1)
-        self.index, self.places, self.start, self.first = index.int(), places.int(), start.int(), first.int()
-        self.runs = torch.arange(len(row), dtype=torch.int32, device=index.device)
+        self.runs = torch.arange(len(row), device=index.device)
+        self.start, self.first = (start[row] + RUN * (self.runs - first[row])).int(), first.int()
+        self.runs = self.runs.int()
 
     def take(self, table: Tensor) -> Tensor:  # (rows, C) -> (places, C)
         "What every place reads."
@@ -63,8 +65,8 @@ class Rows:
 
     def add(self, x: Tensor) -> Tensor:  # (places, C) -> (rows, C), at least float32
         "For every row the sum over the places that read it."
-        sums = F.embedding_bag(self.places, x, self.start, mode='sum')
-        return F.embedding_bag(self.runs, sums.to(torch.promote_types(x.dtype, torch.float32)), self.first, mode='sum')
+        sums = F.embedding_bag(self.places, x, self.start, mode='sum').to(torch.promote_types(x.dtype, torch.float32))
+        return sums if self.first is None else F.embedding_bag(self.runs, sums, self.first, mode='sum')
 
 class _Take(torch.autograd.Function):
     "`Rows.take`, differentiable."
@@ -236,7 +238,7 @@ MOVE = 12  # multiplications in the time of moving one number
 
 def _cheaper(nb: Neighbourhoods, hidden: int = 128) -> bool:
     "Whether looking up costs less than convolving: multiplications for each of the 2C outputs."
-    kinds, rows, pixels = len(nb.kinds.first), len(nb.kinds.index), len(nb.pixels.index)
+    kinds, rows, pixels = (len(r.index) for r in (nb.taps, nb.kinds, nb.pixels))
     return 9 * hidden * len(nb.patterns) + MOVE * (9 * kinds + 2 * rows + pixels) < 9 * hidden * pixels
 
 class LabelPyramid:
@@ -335,9 +337,12 @@ class SPADE(nn.Module):
         bias = self.gamma_beta.bias + torch.arange(2 * C, device=taps.device).lt(C)  # the 1 of 1 + gamma
         return take(take(taps, nb.taps) + bias.to(taps.dtype), nb.kinds)
 
-    def modulation(self, labels: LabelPyramid) -> Tensor:  # the table, or the maps (B, 2C, H, W) where there is none
+    def modulation(self,
+        labels: LabelPyramid,
+        size: tuple[int, int] | None = None,  # rows and columns of the features; None: by `factor`
+    ) -> Tensor:  # the table, or the maps (B, 2C, H, W) where there is none
         "What the label map makes of this layer; it does not depend on time."
-        size = tuple(n // self.factor for n in labels.shape)
+        size = size or tuple(n // self.factor for n in labels.shape)
         nb = labels.neighbourhoods(size)
         return self.maps(labels.one_hot(size, self.shared.bias.dtype)) if nb is None else self.table(nb)
 
@@ -348,7 +353,7 @@ class SPADE(nn.Module):
         activate: bool = True,
     ) -> Tensor:  # (B, C, H, W)
         made, nb = labels.kept.get(self.number), labels.neighbourhoods(x.shape[2:])
-        if made is None: made = self.modulation(labels)
+        if made is None: made = self.modulation(labels, x.shape[2:])
         if nb is None:
             gamma, beta = made.chunk(2, dim=1)
             if time is None: return modulate_plainly(x, 1 + gamma, beta, self.groups, activate=activate)
@@ -556,10 +561,11 @@ class SDM(nn.Module):
 
     def embedding(self, t: Tensor, spacing: Tensor | None) -> Tensor:  # (B, 4C)
         "Time and spacing."
-        time = self.time(sinusoid(t, self.config.width))
+        def waves(position): return sinusoid(position, self.config.width).to(self.out.weight.dtype)
+        time = self.time(waves(t))
         if self.spacing is None or spacing is None: return time
         known = (spacing > 0)[:, None]
-        return time + known * self.spacing(sinusoid(spacing_position(spacing), self.config.width))
+        return time + known * self.spacing(waves(spacing_position(spacing)))
 
     def _run(self, layer, x, time, labels):
         if not isinstance(layer, ResBlock): return layer(x)
