@@ -45,12 +45,13 @@ class Rows:
     def __init__(self,
         index: Tensor,  # (places,) or (places, k) integer: the rows that a place reads
         count: int,  # rows of the table
+        long: bool = False,  # a row may be read by very many places
     ):
         flat = index.flatten()
         lengths = torch.bincount(flat, minlength=count)
         start, places = lengths.cumsum(0) - lengths, flat.argsort(stable=True) // (index.shape[1] if index.ndim > 1 else 1)
         self.index, self.places, self.start, self.first = index.int(), places.int(), start.int(), None
-        if lengths.max() <= RUN: return
+        if not long: return
         runs = (lengths + RUN - 1) // RUN
         first = runs.cumsum(0) - runs
         row = torch.repeat_interleave(torch.arange(count, device=index.device), runs)
@@ -96,14 +97,13 @@ class Images:
 class Pixels(Rows):
     "Every pixel reads a row, and every row belongs to one image."
     def __init__(self,
-        index: Tensor,  # (B * H * W,) row of each pixel
+        index: Tensor,  # (B, H, W) row of each pixel
         images: Tensor,  # (rows,) image of each row
-        batch: int,  # images B
     ):
-        super().__init__(index, len(images))
-        self.images, self.batch = Rows(images, batch), batch
+        super().__init__(index.flatten(), len(images), long=True)
+        self.images, self.size = Rows(images, len(index)), index.shape[1] * index.shape[2]
 
-    def take(self, table: Tensor) -> Tensor: return super().take(table).view(self.batch, -1, table.shape[1])  # (B, pixels, C)
+    def take(self, table: Tensor) -> Tensor: return super().take(table).view(-1, self.size, table.shape[1])  # (B, pixels, C)
     def add(self, x: Tensor) -> Tensor: return super().add(x.reshape(-1, x.shape[2]))
     def of_image(self, values: Tensor) -> Tensor: return self.images.take(values)
     def add_images(self, x: Tensor) -> Tensor: return self.images.add(x)
@@ -231,7 +231,7 @@ def find_neighbourhoods(
     image = torch.arange(len(classes), device=classes.device)[:, None, None]
     codes, index = torch.unique(image * len(parts) + kind, return_inverse=True)
     return Neighbourhoods(patterns, Rows(9 * parts + torch.arange(9, device=parts.device), 9 * (len(patterns) + 1)), Rows(codes % len(parts), len(parts)),
-                          Pixels(index.flatten(), codes // len(parts), len(classes)))
+                          Pixels(index, codes // len(parts)))
 
 # %% ../nbs/20_sdm.ipynb #200017
 MOVE = 12  # multiplications in the time of moving one number
@@ -296,6 +296,13 @@ class LabelPyramid:
             if nb is not None and self.method == 'auto' and not _cheaper(nb): nb = None
             self._levels[size] = nb
         return self._levels[size]
+    def mark_dynamic(self):
+        "For compilation: batches differ in how many neighbourhoods they have; they do not differ in pixels and images."
+        for nb in filter(None, self._levels.values()):
+            tensors = [nb.patterns] + [v for rows in (nb.taps, nb.kinds, nb.pixels, nb.pixels.images) for v in vars(rows).values() if isinstance(v, Tensor)]
+            fixed = {id(v) for v in (nb.pixels.index, nb.pixels.places, nb.pixels.images.start)}
+            for v in tensors:
+                if id(v) not in fixed: torch._dynamo.maybe_mark_dynamic(v, 0)
 
 # %% ../nbs/20_sdm.ipynb #200020
 class SPADE(nn.Module):
@@ -509,6 +516,7 @@ class SDM(nn.Module):
         self.config = c = config
         self.checkpointing = False  # recompute the blocks in the backward pass: less memory, a third more time
         self.spade = 'auto'  # path of the SPADE layers, see `LabelPyramid`
+        self._body = self.body
         time_width = 4 * c.width
         def embedder(): return nn.Sequential(nn.Linear(c.width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         self.time = embedder()
@@ -586,10 +594,18 @@ class SDM(nn.Module):
         if labels.shape != tuple(x.shape[-2:]) or labels.batch % len(x):
             raise CMRError(f'label map {(labels.batch, *labels.shape)} and image {(len(x), *x.shape[-2:])} differ in shape')
         for level in range(len(self.config.multipliers)): labels.neighbourhoods(tuple(n >> level for n in labels.shape))
-        return self.body(x, t, labels, spacing)
+        return self._body(x, t, labels, spacing)
+
+    def compile(self, **options):
+        "From now on the network runs compiled, all but the search for neighbourhoods; `options` are those of `torch.compile`. The first call takes minutes."
+        compiled = torch.compile(self.body, **{'fullgraph': True, **options})
+        def run(x, t, labels, spacing):
+            labels.mark_dynamic()
+            return compiled(x, t, labels, spacing)
+        self._body = run
 
     def body(self, x, t, labels, spacing):
-        "What is left to do when the neighbourhoods are known: this part can be compiled."
+        "What is left to do when the neighbourhoods are known."
         rounds = labels.batch // len(x)
         if self.spacing is not None and spacing is not None: x, t, rounds = x.repeat(rounds, 1, 1, 1), t.repeat(rounds), 1
         time, skips, h = F.silu(self.embedding(t, spacing)), [], x
