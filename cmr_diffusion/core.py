@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STRUCTURES', 'BACKGROUND', 'MYOCARDIUM', 'LEFT_VENTRICLE', 'RIGHT_VENTRICLE', 'PADDING', 'logger', 'IMAGE_TYPES',
-           'CMRError', 'ImageType', 'image_type', 'Slice', 'atomic_path', 'stable_seed', 'shared_data']
+           'CMRError', 'ImageType', 'image_type', 'Slice', 'atomic_path', 'stable_seed', 'hold_memory', 'shared_data']
 
 # %% ../nbs/00_core.ipynb #000002
-import hashlib, logging, os, shutil, tempfile
+import ctypes, hashlib, logging, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,15 @@ def stable_seed(
 ) -> int:  # in [0, 2^63)
     "The same seed for the same parts, on every machine and in every process."
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'big') >> 1
+
+# %% ../nbs/00_core.ipynb #000024
+def hold_memory(hold: bool = True):
+    "From now on freed memory stays with the process (`mallopt`, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc); False: as it usually ends up. Elsewhere nothing happens."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    for size in (2**30, 2**25) if hold else (2**25,):
+        if mallopt(-3, size): break  # older versions take no more than the second
+    mallopt(-1, 2**31 - 1 if hold else 2**26)
 
 # %% ../nbs/00_core.ipynb #000022
 def shared_data() -> Path | None:  # the folder that holds `acdc` and `sunnybrook`

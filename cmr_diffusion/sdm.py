@@ -378,14 +378,14 @@ def _zero(module: nn.Module) -> nn.Module:
 def _halve(x: Tensor) -> Tensor: return F.avg_pool2d(x, 2)
 def _double(x: Tensor) -> Tensor: return F.interpolate(x, scale_factor=2, mode='nearest')
 
-DOUBLED = 1024  # pixels in a batch's map from which on doubling and convolving are one step
+DOUBLED = 256  # pixels of a map from which on doubling and convolving are one step
 
 def convolve_doubled(
     x: Tensor,  # (B, C, H, W)
     conv: nn.Conv2d,  # 3x3, padding 1
 ) -> Tensor:  # (B, C', 2H, 2W)
     "Nearest doubling and a convolution."
-    if len(x) * x.shape[2] * x.shape[3] < DOUBLED: return conv(_double(x))
+    if x.shape[2] * x.shape[3] < DOUBLED: return conv(_double(x))
     turned = conv.weight.flip(2, 3).transpose(0, 1)
     return F.conv_transpose2d(x, F.avg_pool2d(turned, 2, stride=1, padding=1, divisor_override=1), conv.bias, stride=2, padding=1)
 
@@ -598,6 +598,11 @@ class SDM(nn.Module):
 
     def compile(self, **options):
         "From now on the network runs compiled, all but the search for neighbourhoods; `options` are those of `torch.compile`. The first call takes minutes."
+        from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
+        from torch._inductor.exc import InvalidCxxCompiler
+        if options.get('backend', 'inductor') == 'inductor':
+            try: get_cpp_compiler()
+            except InvalidCxxCompiler: raise CMRError('compiling a network needs a C++ compiler: install g++ and the headers of Python (Debian: g++ python3-dev), or do without --compile') from None
         compiled = torch.compile(self.body, **{'fullgraph': True, **options})
         def run(x, t, labels, spacing):
             labels.mark_dynamic()
