@@ -1,26 +1,30 @@
 """Milliseconds and ratios of the network: its speed-ups one by one, its peers, and the machine's own limit, in one run.
 
-    python benchmarks/network.py [--width 64] [--sizes 64 128] [--batch 4] [--repeats 5] [--quick]
+    python benchmarks/network.py [--width 64] [--sizes 64 128] [--batch 4] [--repeats 5] [--compile]
 
 Every row is timed in this one process, in turns, and only ratios within the run mean something: machines are shared and noisy.
 The first row, dense and float32, is the published mathematics written plainly; it stands in for the original. Peers that are
-not installed (the `bench` extra) are named as missing. The table goes to `benchmarks/results/network_<device>.md`."""
-import argparse, platform, statistics, time
-from contextlib import nullcontext
+not installed (the `bench` extra) are named as missing. The report goes to `benchmarks/results/network_<device>_<width>.md`."""
+import argparse, functools, math, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmr_diffusion import sdm
 from cmr_diffusion.condition import Condition
+from cmr_diffusion.core import hold_memory
 from cmr_diffusion.diffusion import EDM, Denoiser, guided
 from cmr_diffusion.samplers import sample
 
-CLASSES, OWN_GROUP_NORM = 7, sdm.group_norm
+CLASSES, GUIDANCE, STEPS, PUBLISHED_STEPS = 7, 1.5, 20, 1000
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+OURS = {name: getattr(sdm, name) for name in ('modulate', 'DOUBLED')}
+LAST = dict(memory_format=torch.channels_last)
 
 
 def hearts(size, n, seed=0):
@@ -33,75 +37,109 @@ def hearts(size, n, seed=0):
     return torch.from_numpy(maps)
 
 
-def network(args, device):
-    "The SDM of the comparison, no layer at zero."
-    torch.manual_seed(0)
-    model = sdm.SDM(sdm.SDMConfig(label_channels=CLASSES, width=args.width, multipliers=(1, 2, 3, 4), blocks=2, attention=(4, 8), spacing=False))
-    for p in model.parameters():
-        if not p.any(): nn.init.normal_(p, std=.02)
-    return model.to(device)
+def plain_modulate(x, table, rows, groups=32, eps=1e-5, activate=True):
+    "What `sdm.modulate` computes, written plainly, with torch's own gradients."
+    if isinstance(rows, sdm.Pixels): read = F.embedding(rows.index, table).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+    else: read = table[:, :, None, None]
+    return sdm.modulate_plainly(x, *read.chunk(2, 1), groups, eps, activate)
 
 
 class Variant:
     "The SDM with some of its speed-ups."
-    def __init__(self, name, args, device, spade='dense', norm=False, last=False, bf16=False, compiled=False):
-        self.name, self.norm, self.bf16, self.model = name, norm, bf16, network(args, device)
-        self.model.spade = spade
-        if last: self.model = self.model.to(memory_format=torch.channels_last)
-        self.last, self.run = last, torch.compile(self.model) if compiled else self.model
+    def __init__(self, width, spade='dense', norms=False, doubled=False, last=False, bf16=False, hold=False, compiled=False, checkpointing=False, spacing=False):
+        torch.manual_seed(0)
+        model = sdm.SDM(sdm.SDMConfig(label_channels=CLASSES, width=width, multipliers=(1, 2, 3, 4), blocks=2, attention=(4, 8), spacing=spacing))
+        for p in model.parameters():
+            if not p.any(): nn.init.normal_(p, std=.02)  # no layer at zero
+        self.model = model.to(DEVICE, **(LAST if last else {}))
+        self.model.spade, self.model.checkpointing = spade, checkpointing
+        self.norms, self.doubled, self.last, self.bf16, self.hold = norms, doubled, last, bf16, hold
+        self.parameters = list(self.model.parameters())
+        if compiled: self.model.compile()
+
+    def set(self):
+        "The state of the module that belongs to this variant."
+        sdm.modulate = OURS['modulate'] if self.norms else plain_modulate
+        sdm.DOUBLED = OURS['DOUBLED'] if self.doubled else math.inf
+        hold_memory(self.hold)
 
     def __call__(self, x, t, y):
-        sdm.group_norm = OWN_GROUP_NORM if self.norm else lambda x, groups=32, eps=1e-5: F.group_norm(x, groups, eps=eps)
-        if self.last: x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): return self.run(x, t, y).float()
+        self.set()
+        if self.last: x = x.contiguous(**LAST)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16): return self.model(x, t, y).float()
 
 
-def peers(args, device):
-    "(name, callable(x, t, y)) of networks of other projects at the same width; a missing one is a name and None."
-    widths = tuple(args.width*m for m in (1, 2, 3, 4))
-    try:
+ALL = dict(spade='auto', norms=True, doubled=True, last=True, hold=True)
+PLAIN, FAST = 'SDM dense, float32, written plainly', 'all, bfloat16'
+VARIANTS = {PLAIN: {}, '+ look-up of neighbourhoods': dict(spade='auto'), '+ norms that read tables': dict(norms=True), '+ up-sampling convolutions in one step': dict(doubled=True),
+            '+ channels last': dict(last=True), '+ memory held': dict(hold=True), '+ bfloat16': dict(bf16=True), 'all, float32': ALL, FAST: ALL | dict(bf16=True)}
+
+
+class Peer:
+    "A network of another project at the same width, as it comes but for channels last."
+    def __init__(self, build, bf16):
+        self.model, self.run = build()
+        self.parameters, self.bf16 = list(self.model.parameters()), bf16
+
+    def __call__(self, x, t, y):
+        hold_memory(False)
+        one_hot = F.one_hot(y.long(), CLASSES).movedim(-1, 1).float()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16): return self.run(x, t, one_hot).float()
+
+
+def peers(width):
+    "Name and constructor of each peer; None where the package is missing."
+    widths = tuple(width*m for m in (1, 2, 3, 4))
+    def concatenation():
         from diffusers import UNet2DModel
-        for bf16 in (False, True):
-            unet = UNet2DModel(in_channels=1 + CLASSES, out_channels=1, block_out_channels=widths, layers_per_block=2, attention_head_dim=64,
-                               down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
-                               up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D')).to(device, memory_format=torch.channels_last)
-            def concatenated(x, t, y, unet=unet, bf16=bf16):
-                one_hot = F.one_hot(y.long(), CLASSES).movedim(-1, 1).float()
-                x = torch.cat([x, one_hot], 1).contiguous(memory_format=torch.channels_last)
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): return unet(x, t).sample.float()
-            yield f'diffusers UNet2DModel, mask concatenated, {"bfloat16" if bf16 else "float32"}', concatenated
-    except ImportError: yield 'diffusers UNet2DModel (not installed)', None
-    try:
+        unet = UNet2DModel(in_channels=1 + CLASSES, out_channels=1, block_out_channels=widths, layers_per_block=2, attention_head_dim=64,
+                           down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+                           up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D')).to(DEVICE, **LAST)
+        return unet, lambda x, t, y: unet(torch.cat([x, y], 1).contiguous(**LAST), t).sample
+    def monai():
         from monai.networks.nets import SPADEDiffusionModelUNet
-        net = SPADEDiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, label_nc=CLASSES, num_res_blocks=2, channels=widths,
-                                      attention_levels=(False, False, True, True), num_head_channels=64, norm_num_groups=32).to(device)
-        yield 'MONAI SPADEDiffusionModelUNet, float32', lambda x, t, y: net(x, t, F.one_hot(y.long(), CLASSES).movedim(-1, 1).float())
-    except ImportError: yield 'MONAI SPADEDiffusionModelUNet (not installed)', None
+        unet = SPADEDiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, label_nc=CLASSES, num_res_blocks=2, channels=widths,
+                                       attention_levels=(False, False, True, True), num_head_channels=math.gcd(64, widths[2]), norm_num_groups=32).to(DEVICE)
+        return unet, unet
+    for name, build in (('diffusers UNet2DModel, mask concatenated', concatenation), ('MONAI SPADEDiffusionModelUNet', monai)):
+        try: build()
+        except ImportError: yield f'{name} (not installed)', None; continue
+        for bf16 in (False, True): yield f'{name}, {"bfloat16" if bf16 else "float32"}', functools.partial(Peer, build, bf16)
 
 
-def clock(functions, repeats, device):
-    "Median milliseconds of each function, taken in turns after one warm-up."
-    wait = torch.cuda.synchronize if device == 'cuda' else (lambda: None)
+def constructors(args):
+    "All rows of the table."
+    rows = {name: functools.partial(Variant, args.width, **settings) for name, settings in VARIANTS.items()}
+    if args.compile: rows['all, bfloat16, compiled'] = functools.partial(Variant, args.width, **ALL, bf16=True, compiled=True)
+    return rows | dict(peers(args.width))
+
+
+def wait():
+    if DEVICE == 'cuda': torch.cuda.synchronize()
+
+
+def clock(functions, repeats):
+    "Median milliseconds of each function, taken in turns. Before each call that is timed stands one that is not: caches and memory are those of repeated calls."
     times = {name: [] for name in functions}
-    for turn in range(repeats + 1):
+    for turn in range(repeats):
         for name, f in functions.items():
-            wait(); start = time.perf_counter(); f(); wait()
-            if turn: times[name].append(time.perf_counter() - start)
+            f(); wait(); start = time.perf_counter(); f(); wait()
+            times[name].append(time.perf_counter() - start)
     return {name: 1000*statistics.median(t) for name, t in times.items()}
 
 
-def limits(device, batch):
-    "Best measured GFLOP/s of a convolution and a matrix product, by precision."
+def limits(batch):
+    "Best measured GFLOP/s of a convolution and of a matrix product, by precision; multiplications in the time that one number is moved."
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
-        layers = {(c, s): (nn.Conv2d(c, c, 3, padding=1).to(device, dtype, memory_format=torch.channels_last),
-                           torch.randn(batch, c, s, s, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)) for c, s in ((128, 64), (256, 32), (512, 16))}
+        layers = {(c, s): (nn.Conv2d(c, c, 3, padding=1).to(DEVICE, dtype, **LAST), torch.randn(batch, c, s, s, device=DEVICE, dtype=dtype).contiguous(**LAST))
+                  for c, s in ((128, 64), (256, 32), (512, 16))}
+        a, table = torch.randn(2048, 2048, device=DEVICE, dtype=dtype), torch.randn(1152, 256, device=DEVICE, dtype=dtype)
+        index = torch.randint(1152, (2048, 9), device=DEVICE)
         with torch.no_grad():
-            ms = clock({k: (lambda conv=conv, x=x: conv(x)) for k, (conv, x) in layers.items()}, 5, device)
-            conv = max(2*9*c*c*s*s*batch/ms[c, s]/1e6 for c, s in layers)
-            a = torch.randn(2048, 2048, device=device, dtype=dtype)
-            product = 2*2048**3/clock({'mm': lambda: a @ a}, 5, device)['mm']/1e6
-        best[dtype] = conv, product
+            ms = clock({k: (lambda conv=conv, x=x: conv(x)) for k, (conv, x) in layers.items()} | {'mm': lambda: a @ a, 'move': lambda: F.embedding_bag(index, table, mode='sum')}, 7)
+        convolution = max(2*9*c*c*s*s*batch/ms[c, s]/1e6 for c, s in layers)
+        best[dtype] = convolution, 2*2048**3/ms['mm']/1e6, convolution/2*ms['move']*1e6/(index.numel()*table.shape[1])
     return best
 
 
@@ -111,74 +149,151 @@ def counted(f):
     return counter.get_total_flops()/1e9
 
 
-def step(model, x, t, y):
-    "Forward and backward."
-    out = model(x, t, y).square().mean()
-    out.backward()
+def step(network, x, t, y):
+    "Forward and backward, from no gradients."
+    for p in network.parameters: p.grad = None
+    network(x, t, y).square().mean().backward()
 
 
-def table_for(size, args, device):
-    "Rows of the table at one size."
-    x, t, y = torch.randn(args.batch, 1, size, size, device=device), torch.rand(args.batch, device=device)*1000, hearts(size, args.batch).to(device)
-    variants = [Variant('SDM dense, float32, written plainly', args, device),
-                Variant('+ neighbourhoods', args, device, spade='auto'), Variant('+ channels last', args, device, last=True),
-                Variant('+ own group norm', args, device, norm=True), Variant('+ bfloat16', args, device, bf16=True),
-                Variant('all, float32', args, device, 'auto', True, True), Variant('all, bfloat16', args, device, 'auto', True, True, True)]
-    if args.compile: variants.append(Variant('all, bfloat16, compiled', args, device, 'auto', True, True, True, True))
-    named = {v.name: v for v in variants} | dict(peers(args, device))
-    missing = [n for n, f in named.items() if f is None]
-    named = {n: f for n, f in named.items() if f is not None}
-    with torch.no_grad(): forward = clock({n: (lambda f=f: f(x, t, y)) for n, f in named.items()}, args.repeats, device)
-    both = clock({n: (lambda f=f: step(f, x, t, y)) for n, f in named.items()}, args.repeats, device)
-    first, work = variants[0].name, {n: counted(lambda f=f: step(f, x, t, y)) for n, f in named.items() if 'compiled' not in n}
-    rows = [[n, f'{forward[n]:.0f}', f'{forward[first]/forward[n]:.2f}', f'{both[n]:.0f}', f'{both[first]/both[n]:.2f}',
-             f'{work[n]/both[n]*1e3:.0f}' if n in work else ''] for n in named]
-    return rows, missing, {n: work[n]/both[n]*1e3 for n in work}
+def inputs(size, batch):
+    torch.manual_seed(1)
+    return torch.randn(batch, 1, size, size, device=DEVICE), torch.rand(batch, device=DEVICE)*1000, hearts(size, batch).to(DEVICE)
 
 
-def sampling(size, args, device):
-    "Milliseconds of one guided evaluation and of one image, against two dense passes in turn and 1000 steps of them."
-    plain, fast = Variant('plain', args, device), Variant('fast', args, device, 'auto', True, True, True)
-    x, t = torch.randn(args.batch, 1, size, size, device=device), torch.full((args.batch,), 500., device=device)
-    y = hearts(size, args.batch).to(device)
-    condition, null = Condition(y, torch.zeros(args.batch, device=device), CLASSES), torch.full_like(y, CLASSES)
-    denoise = guided(Denoiser(fast.model, EDM(), 'bfloat16'), 1.5)
-    prepared = denoise.prepare(condition)
-    def published(): plain(x, t, y); plain(x, t, null)
+def peak(name, size, args):
+    "Memory in MB that a step takes beyond the network and its inputs, in a process of its own."
+    command = [sys.executable, __file__, '--peak', name, '--sizes', str(size), '--width', str(args.width), '--batch', str(args.batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak(args):
+    settings = VARIANTS | {'all, bfloat16, checkpointing': ALL | dict(bf16=True, checkpointing=True)}
+    network = Variant(args.width, **settings[args.peak]) if args.peak in settings else dict(peers(args.width))[args.peak]()
+    if isinstance(network, Variant): network.hold = False  # memory held is not memory needed
+    x, t, y = inputs(args.sizes[0], args.batch)
+    def used():
+        if DEVICE == 'cuda': return torch.cuda.max_memory_allocated()/1e6
+        return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])/1e3  # largest resident size so far
+    with torch.no_grad(): network(x[:1, ..., :32, :32], t[:1], y[:1, :32, :32])  # kernels and code that stay
+    if DEVICE == 'cpu': Path('/proc/self/clear_refs').write_text('5')  # so far: from now
+    before = used()
+    step(network, x, t, y)
+    print(f'{used() - before:.0f}')
+
+
+KINDS = {'convolutions': ('convolution', 'conv_transpose'), 'products': ('mm', 'bmm', 'baddbmm'), 'normalise': ('group_norm',), 'look-ups and their sums': ('index_select', 'embedding_bag'),
+         'scale, shift, SiLU, softmax, sums': ('addcmul', 'silu', 'mul', 'add', 'add_', 'sum', 'softmax', 'div', 'neg', 'avg_pool2d', 'upsample'), 'copies and casts': ('copy_', 'cat', 'fill_', 'clone'),
+         'search of neighbourhoods': ('sort', 'unique', 'bincount', 'cumsum', 'repeat_interleave')}
+
+def profiled(network, x, t, y):
+    "Share of a step's time by kind of operation."
+    step(network, x, t, y)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*(DEVICE == 'cuda')
+    with profile(activities=activities) as p: step(network, x, t, y)
+    shares, total = dict.fromkeys(KINDS, 0.), 0.
+    for e in p.key_averages():
+        spent = e.self_device_time_total if DEVICE == 'cuda' else e.self_cpu_time_total
+        total += spent
+        name = e.key.removeprefix('aten::')
+        for kind, parts in KINDS.items():
+            if name in parts or any(len(part) > 4 and part in name for part in parts): shares[kind] += spent; break
+    shares['the rest: calls, autograd'] = total - sum(shares.values())
+    return {kind: spent/total for kind, spent in shares.items()}
+
+
+def training_table(size, args, peak_rates):
+    "The table of forward and backward at one size, and lines about it."
+    x, t, y = inputs(size, args.batch)
+    rows = constructors(args)
+    missing = [n for n, f in rows.items() if f is None]
+    networks = {n: f() for n, f in rows.items() if f is not None}
+    with torch.no_grad(): forward = clock({n: (lambda f=f: f(x, t, y)) for n, f in networks.items()}, args.repeats)
+    both = clock({n: (lambda f=f: step(f, x, t, y)) for n, f in networks.items()}, args.repeats)
+    work = {n: counted(lambda f=f: step(f, x, t, y)) for n, f in networks.items() if 'compiled' not in n}
+    memory = {n: peak(n, size, args) for n in networks if n in (PLAIN, 'all, float32', FAST) or n not in VARIANTS and 'compiled' not in n}
+    lines = ['| network | forward, ms | times faster | forward + backward, ms | times faster | GFLOP | GFLOP/s | memory, MB |', '|---|---|---|---|---|---|---|---|']
+    for n in networks:
+        rate = f'{work[n]:.0f} | {work[n]/both[n]*1e3:.0f}' if n in work else ' | '
+        lines.append(f'| {n} | {forward[n]:.0f} | {forward[PLAIN]/forward[n]:.2f} | {both[n]:.0f} | {both[PLAIN]/both[n]:.2f} | {rate} | {f"{memory[n]:.0f}" if n in memory else ""} |')
+    lines += [f'| {n} | | | | | | | |' for n in missing]
+    searched = clock({'search': lambda: [sdm.LabelPyramid(y, CLASSES).neighbourhoods((size >> i,)*2) for i in range(4)]}, args.repeats)['search']
+    shares = [work[n]/both[n]*1e3/peak_rates[d][0] for n, d in (('all, float32', torch.float32), (FAST, torch.bfloat16))]
+    lines += ['', f'A training step is {both[PLAIN]/both["all, float32"]:.2f} times faster at equal precision and {both[PLAIN]/both[FAST]:.2f} times with bfloat16. '
+              f'Share of the measured convolution rate: {shares[0]:.0%} in float32, {shares[1]:.0%} in bfloat16. The search for neighbourhoods takes {searched:.1f} ms of a step. '
+              f'With checkpointing as well, a step takes {peak("all, bfloat16, checkpointing", size, args):.0f} MB.', '',
+              '| time of a step | ' + ' | '.join([*KINDS, 'the rest: calls, autograd']) + ' |', '|---' * (len(KINDS) + 2) + '|']
+    for n in ('all, float32', FAST): lines.append(f'| {n} | ' + ' | '.join(f'{s:.0%}' for s in profiled(networks[n], x, t, y).values()) + ' |')
+    return lines
+
+
+def sampling_table(size, args):
+    "The table of guided evaluations and whole images at one size."
+    x, _, y = inputs(size, args.batch)
+    t, null = torch.full((args.batch,), 500., device=DEVICE), torch.full_like(y, CLASSES)
+    condition = Condition(y, torch.zeros(args.batch, device=DEVICE), CLASSES)
+    def twice(network): return lambda: (network(x, t, y), network(x, t, null if isinstance(network, Variant) else y))  # a peer's null costs the same
+    def ours(bf16, spacing=False):
+        variant = Variant(args.width, **ALL, spacing=spacing)
+        denoise = guided(Denoiser(variant.model.eval(), EDM(), 'bfloat16' if bf16 else 'float32'), GUIDANCE)
+        known = Condition(y, torch.full((args.batch,), 1.5, device=DEVICE), CLASSES) if spacing else condition
+        with torch.no_grad(): prepared = denoise.prepare(known)
+        def evaluate(): variant.set(); return denoise(x, 1., prepared)
+        def image(): variant.set(); return sample(denoise, EDM().sigmas(STEPS), known, range(args.batch), (1, size, size), device=DEVICE)
+        return evaluate, image
+    names = {'ours, float32': ours(False), 'ours, bfloat16': ours(True), 'ours, bfloat16, spacing known (no encoder pass shared)': ours(True, True)}
+    rows = {PLAIN + ', two passes': twice(Variant(args.width))} | {n: f[0] for n, f in names.items()}
+    rows |= {n + ', two passes': twice(f()) for n, f in peers(args.width) if f is not None}
     with torch.no_grad():
-        ms = clock({'published': published, 'ours': lambda: denoise(x, 1., prepared)}, args.repeats, device)
-        sdm.group_norm = OWN_GROUP_NORM
-        image = clock({'image': lambda: sample(denoise, EDM().sigmas(20), condition, range(args.batch), (1, size, size), device=device)}, 1, device)['image']
-    return ms['published'], ms['ours'], 1000*ms['published']/args.batch, image/args.batch
+        ms = clock(rows, args.repeats)
+        images = clock({n: f[1] for n, f in names.items()}, 1)
+    plain = ms[PLAIN + ', two passes']
+    published = plain*PUBLISHED_STEPS/args.batch
+    lines = [f'| guided evaluation, batch {args.batch} | ms | times faster | one image, ms ({STEPS} evaluations) | times cheaper than {PUBLISHED_STEPS} plain ones |', '|---|---|---|---|---|']
+    for n in rows:
+        image = images[n]/args.batch if n in images else ms[n]*STEPS/args.batch
+        lines.append(f'| {n} | {ms[n]:.0f} | {plain/ms[n]:.2f} | {image:.0f}{"" if n in images else " (from evaluations)"} | {published/image:.0f} |')
+    return lines + ['', f'The published default, {PUBLISHED_STEPS} steps of two plain passes, takes {published/1000:.0f} s an image (from the timed evaluations); '
+                    f'ours, measured from noise to image, {images["ours, bfloat16"]/args.batch/1000:.2f} s: {published*args.batch/images["ours, bfloat16"]:.0f} times cheaper.']
+
+
+def report(args):
+    name = torch.cuda.get_device_name() if DEVICE == 'cuda' else f'{processor()}, {torch.get_num_threads()} threads'
+    rates = limits(args.batch)
+    (conv32, mm32, move32), (conv16, mm16, move16) = rates[torch.float32], rates[torch.bfloat16]
+    yield f'# Network benchmark: {name}'
+    yield (f'{time.strftime("%Y-%m-%d")}. Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two levels, {CLASSES} classes, 1 channel, batch {args.batch}; '
+           f'torch {torch.__version__}. Medians of {args.repeats} (images: 1), all rows of a table in turns in one process. `python benchmarks/network.py {" ".join(sys.argv[1:])}`')
+    yield (f'The machine in the same run: convolutions {conv32:.0f} GFLOP/s in float32 and {conv16:.0f} in bfloat16, matrix products {mm32:.0f} and {mm16:.0f}; '
+           f'{move32:.0f} and {move16:.0f} multiplications of a convolution in the time of moving one number (`sdm.MOVE` is {sdm.MOVE}).')
+    for size in args.sizes:
+        yield f'## {size} x {size}'
+        yield '\n'.join(training_table(size, args, rates))
+        yield '\n'.join(sampling_table(size, args))
+
+
+def processor():
+    "Name of the processor."
+    if Path('/proc/cpuinfo').exists():
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'): return f'{line.split(":")[1].strip()} ({platform.machine()})'
+    return platform.machine()
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--width', type=int, default=64); p.add_argument('--sizes', type=int, nargs='+', default=[64, 128])
     p.add_argument('--batch', type=int, default=4); p.add_argument('--repeats', type=int, default=5)
-    p.add_argument('--compile', action='store_true', help='also time torch.compile (minutes of compilation)')
-    p.add_argument('--out', type=Path, default=None)
+    p.add_argument('--compile', action='store_true', help='also time torch.compile (minutes of compilation on a CPU)')
+    p.add_argument('--peak', help=argparse.SUPPRESS); p.add_argument('--out', type=Path, default=None)
     args = p.parse_args()
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    name = torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    peak = limits(device, args.batch)
-    lines = [f'# Network benchmark: {name}', '', f'Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two levels, 7 classes, batch {args.batch}; '
-             f'torch {torch.__version__}. Medians of {args.repeats}, taken in turns.', '',
-             f'The machine: convolutions {peak[torch.float32][0]:.0f} GFLOP/s in float32, {peak[torch.bfloat16][0]:.0f} in bfloat16; '
-             f'matrix products {peak[torch.float32][1]:.0f} and {peak[torch.bfloat16][1]:.0f}.', '']
-    for size in args.sizes:
-        rows, missing, rates = table_for(size, args, device)
-        lines += [f'## {size} x {size}', '', '| network | forward, ms | times faster | forward + backward, ms | times faster | GFLOP/s done |', '|---|---|---|---|---|---|']
-        lines += ['| ' + ' | '.join(r) + ' |' for r in rows] + [f'| {m} | | | | | |' for m in missing]
-        share = rates['all, bfloat16']/peak[torch.bfloat16][0]
-        published, ours, theirs, image = sampling(size, args, device)
-        lines += ['', f'Share of the measured convolution rate, all, bfloat16: {share:.0%}. One guided evaluation: {ours:.0f} ms against {published:.0f} ms for two dense float32 passes, '
-                  f'{published/ours:.1f} times faster. One image at the default sampler (20 evaluations): {image:.0f} ms against {theirs/1000:.0f} s for 1000 guided steps '
-                  f'(extrapolated), {theirs/image:.0f} times cheaper.', '']
-        print('\n'.join(lines), flush=True)
-    out = args.out or Path(__file__).parent/'results'/f'network_{device}_{args.width}.md'
+    if args.peak: return print_peak(args)
+    parts = []
+    for part in report(args): parts.append(part); print(part, end='\n\n', flush=True)
+    out = args.out or Path(__file__).parent/'results'/f'network_{DEVICE}_{args.width}.md'
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text('\n'.join(lines) + '\n')
+    temporary = out.with_suffix('.tmp')
+    temporary.write_text('\n\n'.join(parts) + '\n')
+    os.replace(temporary, out)
     print(out)
 
 

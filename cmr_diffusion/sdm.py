@@ -112,12 +112,22 @@ class Pixels(Rows):
 def _flat(x): return x.permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1])  # (B, pixels, C); no copy in channels-last memory
 def _map(v, size): return v.reshape(len(v), *size, v.shape[2]).permute(0, 3, 1, 2)
 
-def _normalised(x, groups, eps):
-    "Group norm (B, pixels, C), and one over its standard deviation (B, groups); statistics in float32."
+def _normalised_by_kernel(x, groups, eps):
     B, C, H, W = x.shape
     one = x.new_ones(C, dtype=torch.promote_types(x.dtype, torch.float32))
     x_hat, _, rstd = torch.native_group_norm(x, one, torch.zeros_like(one), B, C, H * W, groups, eps)
     return _flat(x_hat), rstd
+
+def _normalised_by_steps(x, groups, eps):
+    B, C, H, W = x.shape
+    grouped = _flat(x).view(B, H * W, groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    return ((grouped - mean) * rstd).view(B, H * W, C).to(x.dtype), rstd.view(B, groups)
+
+def _normalised(x, groups, eps):
+    "Group norm (B, pixels, C), and one over its standard deviation (B, groups); statistics in float32."
+    return (_normalised_by_kernel if x.device.type == 'cpu' else _normalised_by_steps)(x, groups, eps)  # the GPU's kernel wants channels first
 
 def _affine(x_hat, table, rows):
     scale, shift = (half.contiguous() for half in table.chunk(2, dim=1))
@@ -234,7 +244,7 @@ def find_neighbourhoods(
                           Pixels(index, codes // len(parts)))
 
 # %% ../nbs/20_sdm.ipynb #200017
-MOVE = 12  # multiplications in the time of moving one number
+MOVE = 12  # multiplications in the time of moving one number; 6 with warm caches, 30 with cold ones
 
 def _cheaper(nb: Neighbourhoods, hidden: int = 128) -> bool:
     "Whether looking up costs less than convolving: multiplications for each of the 2C outputs."
