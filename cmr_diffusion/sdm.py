@@ -246,7 +246,7 @@ def find_neighbourhoods(
 # %% ../nbs/20_sdm.ipynb #200017
 MOVE = 12  # multiplications in the time of moving one number; 6 with warm caches, 30 with cold ones
 
-def _cheaper(nb: Neighbourhoods, hidden: int = 128) -> bool:
+def _cheaper(nb: Neighbourhoods, hidden: int) -> bool:
     "Whether looking up costs less than convolving: multiplications for each of the 2C outputs."
     kinds, rows, pixels = (len(r.index) for r in (nb.taps, nb.kinds, nb.pixels))
     return 9 * hidden * len(nb.patterns) + MOVE * (9 * kinds + 2 * rows + pixels) < 9 * hidden * pixels
@@ -257,9 +257,10 @@ class LabelPyramid:
         y: Tensor,  # classes (B, H, W) integer in [0, channels], or a map (B, channels, H, W) float, one-hot or soft; null = `channels`, or all zeros
         channels: int,  # channels of the one-hot map
         method: str = 'auto',  # 'auto', or 'dense' or 'neighbourhood' for every layer
+        hidden: int = 128,  # width of the layers' hidden activation
     ):
         if method not in ('auto', 'dense', 'neighbourhood'): raise CMRError(f"SPADE method {method!r}: use 'auto', 'dense' or 'neighbourhood'")
-        self.channels, self.method, self.kept = channels, method, {}  # modulations by layer
+        self.channels, self.method, self.hidden, self.kept = channels, method, hidden, {}  # kept: modulations by number of the layer
         self.soft, self.classes, self._levels = None, None, {}
         if y.is_floating_point():
             if y.ndim != 4 or y.shape[1] != channels: raise CMRError(f'condition of shape {tuple(y.shape)}: expected (B, {channels}, H, W)')
@@ -303,7 +304,7 @@ class LabelPyramid:
         if self.classes is None or self.method == 'dense': return None
         if size not in self._levels:
             nb = find_neighbourhoods(self.at(size), self.channels)
-            if nb is not None and self.method == 'auto' and not _cheaper(nb): nb = None
+            if nb is not None and self.method == 'auto' and not _cheaper(nb, self.hidden): nb = None
             self._levels[size] = nb
         return self._levels[size]
     def mark_dynamic(self):
@@ -573,7 +574,7 @@ class SDM(nn.Module):
         keep_mb: float = 0.,  # memory for the modulations: for sampling, where one map serves many steps
     ) -> LabelPyramid:
         "The label map prepared for this network; can be handed to `forward` in place of `y`."
-        labels = LabelPyramid(y, self.config.label_channels, self.spade)
+        labels = LabelPyramid(y, self.config.label_channels, self.spade, self.config.hidden)
         if keep_mb: labels.keep(self.spades, keep_mb)
         return labels
 

@@ -3,11 +3,17 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.exc import InvalidCxxCompiler
 
-from cmr_diffusion.diffusion import EDM, Denoiser, guided
+from cmr_diffusion.checkpoint import load_checkpoint
 from cmr_diffusion.condition import Condition
+from cmr_diffusion.core import CMRError
+from cmr_diffusion.data import CohortCache
+from cmr_diffusion.diffusion import EDM, Denoiser, guided
 from cmr_diffusion.samplers import sample
 from cmr_diffusion.sdm import SDM, SDMConfig
+from cmr_diffusion.training import TrainConfig, train
 
 pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler (g++)')
 
@@ -47,3 +53,18 @@ def test_samples_are_the_same(networks):
     condition = Condition(maps(7).to(torch.uint8), torch.full((2,), 1.5), 4)
     plain, compiled = (sample(guided(Denoiser(n.eval(), EDM()), 1.5), EDM().sigmas(3), condition, [1, 2], (1, 16, 16)) for n in networks)
     assert torch.allclose(plain, compiled, atol=1e-4*plain.abs().max()) and plain.std() > .1
+
+
+def test_a_training_compiles_and_its_checks_do_not(cache, store, monkeypatch):
+    "Traced only: generating the code of a training's network takes minutes."
+    graphs, plain = CompileCounterWithBackend('aot_eager'), SDM.compile
+    monkeypatch.setattr(SDM, 'compile', lambda self: plain(self, backend=graphs))
+    config = dict(preset='tiny', steps=3, warmup=1, batch_size=4, checks=1, precision='float32', drop=0.)
+    trained = [load_checkpoint(train(CohortCache.load(cache), TrainConfig(**config, compile=compiled), device='cpu')[1]) for compiled in (False, True)]
+    assert graphs.frame_count == 1
+    for name, a in trained[0].model.state_dict().items(): assert torch.allclose(a, trained[1].model.state_dict()[name], atol=1e-5), name
+
+
+def test_no_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr('torch._inductor.cpp_builder.get_cpp_compiler', lambda: (_ for _ in ()).throw(InvalidCxxCompiler()))
+    with pytest.raises(CMRError, match='install g'): SDM(SDMConfig(width=32, multipliers=(1,), attention=())).compile()
