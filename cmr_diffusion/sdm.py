@@ -628,10 +628,10 @@ class SDM(nn.Module):
         for stage in self.encoder:
             for layer in stage: h = self._run(layer, h, time, None)
             skips.append(h)
-        if rounds > 1: h, time = torch.cat([h] * rounds), time.repeat(rounds, 1)  # the encoder does not see the labels
+        if rounds > 1: h, time, skips = torch.cat([h] * rounds), time.repeat(rounds, 1), [torch.cat([s] * rounds) for s in skips]  # the encoder does not see the labels
         for layer in self.middle: h = self._run(layer, h, time, labels)
         for stage in self.decoder:
-            h = torch.cat([h, torch.cat([skips.pop()] * rounds)], dim=1)
+            h = torch.cat([h, skips.pop()], dim=1)
             for layer in stage: h = self._run(layer, h, time, labels)
         return self.out(self.out_norm(h))
 

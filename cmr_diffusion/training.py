@@ -201,10 +201,13 @@ class Checks(Callback):
     def after_batch(self):
         if not self.training: return
         self.seen += len(self.xb[0]); self.losses.append(self.loss.detach())
-        if self.schedule.share * self.config.checks >= self.done + 1: self.done += 1; self.check()
-    def after_cancel_fit(self): self.check()
+        if self.schedule.share * self.config.checks >= self.done + 1: self.done += 1; self.eagerly_check()
+    def after_cancel_fit(self): self.eagerly_check()
 
-    @torch.compiler.set_stance('force_eager')  # batches of other sizes, few: not worth compiling for
+    def eagerly_check(self):
+        "One check, not compiled: its batches have other sizes, and there are few."
+        with torch.compiler.set_stance('force_eager'): self.check()
+
     def check(self):
         "One check."
         step, seconds = self.schedule.step, time.monotonic() - self.clock
