@@ -11,12 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from cmr_diffusion.cohort import read_cohort
+from cmr_diffusion.cohort.table import read_cohort
 from cmr_diffusion.core import Slice
-from cmr_diffusion.data import CohortCache, make_dataloaders, prepare
-from cmr_diffusion.layouts import COLUMNS, load_slice
-from cmr_diffusion.phantom import make_phantom
-from cmr_diffusion.transform import Geometry, place
+from cmr_diffusion.grid.cache import CohortCache, prepare
+from cmr_diffusion.grid.loaders import make_dataloaders
+from cmr_diffusion.cohort.layouts import COLUMNS
+from cmr_diffusion.cohort.files import load_slice
+from cmr_diffusion.cohort.phantom import make_phantom
+from cmr_diffusion.grid.geometry import Geometry, place
 
 GEOMETRY = Geometry(128, (1.2, 1.8), 'heart', jitter=4)
 

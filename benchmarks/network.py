@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmr_diffusion import sdm
-from cmr_diffusion.condition import Condition
+from cmr_diffusion.grid.condition import Condition
 from cmr_diffusion.core import hold_memory
-from cmr_diffusion.diffusion import EDM, Denoiser, guided
-from cmr_diffusion.samplers import sample
+from cmr_diffusion.model.edm import EDM, Denoiser, guided
+from cmr_diffusion.model.samplers import sample
 
 CLASSES, GUIDANCE, STEPS, PUBLISHED_STEPS = 7, 1.5, 20, 1000
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

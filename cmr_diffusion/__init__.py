@@ -4,9 +4,11 @@ __version__ = "0.1.0"
 # The main way through the package, by name. A chapter is imported when a name of it is first used, so that
 # `import cmr_diffusion` does not wait for PyTorch.
 _CHAPTERS = {
-    'CMRError': 'core', 'Slice': 'core', 'make_phantom': 'phantom', 'read_cohort': 'cohort', 'Geometry': 'transform',
-    'CohortCache': 'data', 'prepare': 'data', 'SDM': 'sdm', 'load_checkpoint': 'checkpoint', 'TrainConfig': 'training', 'train': 'training',
-    'synthesize': 'synthesis', 'evaluate': 'report',
+    'CMRError': 'core', 'Slice': 'core', 'make_phantom': 'cohort.phantom', 'read_cohort': 'cohort.table',
+    'Geometry': 'grid.geometry', 'CohortCache': 'grid.cache', 'prepare': 'grid.cache', 'SDM': 'model.sdm',
+    'load_checkpoint': 'model.checkpoint', 'paint': 'model.painting', 'TrainConfig': 'training.learner',
+    'sdm_learner': 'training.learner', 'train': 'training.learner', 'synthesize': 'synthesis.cohort',
+    'evaluate': 'evaluation.report',
 }
 __all__ = list(_CHAPTERS)
 

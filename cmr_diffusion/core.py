@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STRUCTURES', 'BACKGROUND', 'MYOCARDIUM', 'LEFT_VENTRICLE', 'RIGHT_VENTRICLE', 'PADDING', 'logger', 'IMAGE_TYPES',
-           'CMRError', 'ImageType', 'image_type', 'Slice', 'atomic_path', 'stable_seed', 'hold_memory', 'shared_data']
+           'PRECISIONS', 'CMRError', 'BadData', 'one_line', 'ImageType', 'type_named', 'Slice', 'GridSlices',
+           'stable_seed', 'hold_memory', 'shared_data', 'choose_device', 'choose_precision']
 
-# %% ../nbs/00_core.ipynb #000002
-import ctypes, hashlib, logging, os, shutil, tempfile
-from contextlib import contextmanager
+# %% ../nbs/00_core.ipynb #000i00
+import ctypes, hashlib, logging, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,20 @@ logger = logging.getLogger('cmr_diffusion')
 # %% ../nbs/00_core.ipynb #000008
 class CMRError(Exception):
     "A wrong call: one line that names the file or argument, what is wrong with it, and the remedy."
+
+# %% ../nbs/00_core.ipynb #010005
+class BadData(CMRError):
+    "A file that cannot be used; `kind` is the kind of the finding that it becomes."
+    def __init__(self, message, kind='unreadable'):
+        super().__init__(message)
+        self.kind = kind
+
+    def of(self, path):
+        "The same, naming the file."
+        return self if str(path) in str(self) else BadData(f'{path}: {self}', self.kind)
+
+# %% ../nbs/00_core.ipynb #00d001
+def one_line(error): return ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
 
 # %% ../nbs/00_core.ipynb #000010
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ IMAGE_TYPES = {t.name: t for t in (
     ImageType('T2', 'ms', True, 1.0, (20., 300.), 1000.),
     ImageType('cine'))}
 
-def image_type(
+def type_named(
     name: str  # such as 'T1', 'T2', 'cine'; an unknown name is a qualitative type
 ) -> ImageType:
     "The `ImageType` of that name."
@@ -66,22 +80,35 @@ class Slice:
         if self.labels is not None and self.labels.shape != self.pixels.shape:
             raise CMRError(f'slice {self.patient}/{self.name}: label map {self.labels.shape} and image {self.pixels.shape} differ in shape')
 
-# %% ../nbs/00_core.ipynb #000016
-@contextmanager
-def atomic_path(
-    path: Path | str  # where the file or folder shall be
-):
-    "A temporary path beside `path`; what is there at the end of the block replaces `path`, and nothing does after an error."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
-    try:
-        yield room / path.name
-        if path.is_dir():  # a folder cannot be renamed over a folder that has content
-            path.rename(room / 'replaced')
-        os.replace(room / path.name, path)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+# %% ../nbs/00_core.ipynb #00e004
+@dataclass(frozen=True, eq=False)
+class GridSlices:
+    "Slices on the network's grid: images, label maps, and their rows of the cohort table, in the same order."
+    images: np.ndarray  # (N, 1, S, S) float32, network units; padding is -1
+    label_maps: np.ndarray  # (N, S, S) uint8, numbers of `STRUCTURES`; `PADDING` outside the acquired matrix
+    rows: 'pandas.DataFrame'  # N rows of a cohort table
+
+    def __post_init__(self):
+        n, m, k = len(self.images), len(self.label_maps), len(self.rows)
+        if not n == m == k: raise CMRError(f'{n} images, {m} label maps and {k} rows: one of each per slice is needed')
+
+    def __len__(self) -> int: return len(self.images)
+
+    def __getitem__(self,
+        index,  # positions, a slice, or a boolean mask (N,)
+    ) -> 'GridSlices':
+        "Some of the slices."
+        return GridSlices(self.images[index], self.label_maps[index], self.rows.iloc[index].reset_index(drop=True))
+
+    def of(self,
+        split: str | None = None,  # train, val, test or synthesis; None: all
+        image_type: str | None = None,  # name of the image type; None: all
+    ) -> 'GridSlices':
+        "The slices of a split and a type."
+        chosen = np.ones(len(self), bool)
+        if split is not None: chosen &= (self.rows.split == split).to_numpy()
+        if image_type is not None: chosen &= (self.rows.type == image_type).to_numpy()
+        return self[chosen]
 
 # %% ../nbs/00_core.ipynb #000019
 def stable_seed(
@@ -105,3 +132,29 @@ def shared_data() -> Path | None:  # the folder that holds `acdc` and `sunnybroo
     repository = Path(__file__).resolve().parents[1]
     folder = Path(os.environ.get('CMR_SHARED', repository.parent/'shared'))/'data'
     return folder if folder.is_dir() else None
+
+# %% ../nbs/00_core.ipynb #00d002
+PRECISIONS = ('float32', 'bfloat16')
+
+def choose_device(
+    name: str | None = None,  # 'cpu', 'cuda', 'cuda:1'; None: a GPU where there is one
+) -> str:
+    "The device to compute on; `CMRError` where PyTorch cannot use the one that is named."
+    import torch
+    if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise CMRError(f'--device {name}: PyTorch cannot use it here; give cpu, or cuda where there is a GPU') from None
+    return str(name)
+
+def choose_precision(
+    name: str = 'auto',  # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has arithmetic for it
+    device='cpu',  # name of the device, or a `torch.device`
+) -> str:  # 'float32' or 'bfloat16'
+    "The precision that the network computes in."
+    import torch
+    if name in PRECISIONS: return name
+    if name != 'auto': raise CMRError(f'precision {name!r}: choose one of auto, {", ".join(PRECISIONS)}')
+    if torch.device(device).type == 'cuda': built_for = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: built_for = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return 'bfloat16' if built_for else 'float32'

@@ -52,7 +52,7 @@ def test_pseudonyms(place, damaged):
 
 
 def test_scale_of_a_type(place, phantom):
-    from cmr_diffusion.data import CohortCache
+    from cmr_diffusion.grid.cache import CohortCache
     root = shutil.copytree(phantom, place.folder/'tenths')  # as a scanner writes them: no unit, nothing synthetic
     for f in root.glob('*/T2_Mapping_/*.dcm'):
         tags = pydicom.dcmread(f); tags.RescaleSlope = str(10*tags.RescaleSlope); tags.SyntheticData = 'NO'; del tags.RescaleType; tags.save_as(f)

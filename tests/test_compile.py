@@ -6,14 +6,15 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cmr_diffusion.checkpoint import load_checkpoint
-from cmr_diffusion.condition import Condition
+from cmr_diffusion.model.checkpoint import load_checkpoint
+from cmr_diffusion.grid.condition import Condition
 from cmr_diffusion.core import CMRError
-from cmr_diffusion.data import CohortCache
-from cmr_diffusion.diffusion import EDM, Denoiser, guided
-from cmr_diffusion.samplers import sample
-from cmr_diffusion.sdm import SDM, SDMConfig
-from cmr_diffusion.training import TrainConfig, train
+from cmr_diffusion.grid.cache import CohortCache
+from cmr_diffusion.model.edm import EDM, Denoiser, guided
+from cmr_diffusion.model.samplers import sample
+from cmr_diffusion.model.sdm import SDM, SDMConfig
+from cmr_diffusion.training.callbacks import TrainConfig
+from cmr_diffusion.training.learner import train
 
 pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler (g++)')
 

@@ -30,7 +30,7 @@ def test_phantom_files_are_dicom(phantom):
 
 
 def test_cache(cache):
-    from cmr_diffusion.data import CohortCache
+    from cmr_diffusion.grid.cache import CohortCache
     data = CohortCache.load(cache)
     assert len(data.rows()) == 30 and set(data.table.split) >= {'train', 'val', 'test'}
     by_patient = data.table.groupby('patient').split.nunique()
@@ -40,7 +40,7 @@ def test_cache(cache):
 
 
 def test_training_is_one_run_with_all_that_made_it(store, trained):
-    from cmr_diffusion.checkpoint import load_checkpoint
+    from cmr_diffusion.model.checkpoint import load_checkpoint
     from cmr_diffusion.tracking import find_run, resolve_run
     run = find_run(trained)
     assert run.info.status == 'FINISHED' and run.data.params and run.data.metrics
@@ -49,9 +49,9 @@ def test_training_is_one_run_with_all_that_made_it(store, trained):
 
 
 def test_a_synthetic_cohort_is_a_cohort(cache, synthetic):
-    from cmr_diffusion.cohort import read_cohort
-    from cmr_diffusion.data import CohortCache
-    from cmr_diffusion.layouts import load_slice
+    from cmr_diffusion.cohort.table import read_cohort
+    from cmr_diffusion.grid.cache import CohortCache
+    from cmr_diffusion.cohort.files import load_slice
     source = CohortCache.load(cache)
     table = read_cohort(synthetic, 'semmelweis')
     assert table.usable.all() and table.synthetic.all() and len(table) > 0
@@ -103,6 +103,6 @@ def test_acdc(place, store):
     place.must('cmr_prepare', root, 'acdc_cache', '--layout', 'acdc', '--size', 48, '--spacing', '2.5-3', '--workers', 1)
     place.must('cmr_train', 'acdc_cache', '--preset', 'tiny', '--steps', 2, '--checks', 1, '--batch-size', 2, '--run-name', 'cine', '--device', 'cpu')
     place.must('cmr_sample', 'cine', '--masks', 'acdc_cache', 'acdc_synthetic', '--split', 'test', '--steps', 2, '--device', 'cpu')
-    from cmr_diffusion.cohort import read_cohort
+    from cmr_diffusion.cohort.table import read_cohort
     table = read_cohort(place.folder/'acdc_synthetic')
     assert len(table) and set(table.type) == {'cine'} and table.structures.str.contains('right_ventricle').any()

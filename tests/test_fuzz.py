@@ -92,9 +92,9 @@ def strategies(good):
 def good_files(base):
     "A T1 map of a made-up heart with its contours in every form, and a volume with labels."
     import nibabel, numpy as np, pydicom
-    from cmr_diffusion.contours import contours_of, write_contours
+    from cmr_diffusion.cohort.contours import contours_of, write_contours
     from cmr_diffusion.core import Slice
-    from cmr_diffusion.dicom import write_dicom
+    from cmr_diffusion.cohort.dicom_writing import write_dicom
     y, x = np.mgrid[:40, :52]
     r = np.hypot(y - 20, x - 30)
     ring = np.where(r < 6, 2, np.where(r < 10, 1, 0)).astype(np.uint8)
@@ -111,7 +111,7 @@ def good_files(base):
 
 def row_for(base, file):
     "The row that reads the damaged file together with good ones."
-    from cmr_diffusion.layouts import slice_row
+    from cmr_diffusion.cohort.layouts import slice_row
     nifti = 'nii' in file
     label = 'good_gt.nii.gz' if nifti else 'good.json' if file == 'good.json' else 'i-contours/icontour.txt'
     return slice_row(patient='p', type='T1', slice='s', image=str(base/(file if file.endswith('.dcm') else 'good.nii.gz' if nifti else 'good.dcm')), label=str(base/label), image_index=1 if nifti else -1, label_index=1 if nifti else -1)
@@ -120,8 +120,9 @@ def row_for(base, file):
 def examine(base, file, damaged, fatal):
     "The row of a damaged file, as a cohort has it; sound, or with a reason."
     import numpy as np
-    from cmr_diffusion.layouts import _examined_volume, load_slice
-    from cmr_diffusion.qc import SEVERITY
+    from cmr_diffusion.cohort.layouts import _examined_volume
+    from cmr_diffusion.cohort.files import load_slice
+    from cmr_diffusion.cohort.quality import SEVERITY
     (base/file).write_bytes(damaged)
     row = _examined_volume([row_for(base, file)])[0]
     row['usable'] = not row['reason']
@@ -138,7 +139,7 @@ def examine(base, file, damaged, fatal):
 def main():
     import pandas as pd
     from hypothesis import HealthCheck, given, settings
-    from cmr_diffusion.qc import findings
+    from cmr_diffusion.cohort.quality import findings
     warnings.simplefilter('ignore')
     count, slowest = Counter(), 0.
     with tempfile.TemporaryDirectory() as d:

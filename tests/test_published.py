@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from cmr_diffusion.core import CMRError
-from cmr_diffusion.sdm import SDM, ResBlock, published_config
+from cmr_diffusion.model.sdm import SDM, ResBlock
+from cmr_diffusion.model.published import published_config
 
 PLAIN = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'norm2': 'out_layers.0', 'conv2': 'out_layers.3', 'time': 'emb_layers.1', 'skip': 'skip_connection'}
 SPADE = PLAIN | {'norm1': 'in_norm', 'conv1': 'in_layers.1', 'norm2': 'out_norm', 'conv2': 'out_layers.2'}
@@ -69,7 +70,7 @@ def test_time_enters_as_published(scale_shift):
     block = ResBlock(32, 64, 16, label_channels=5, scale_shift=scale_shift)
     for p in block.parameters(): torch.nn.init.normal_(p, std=.1)
     x, time, one_hot = torch.randn(2, 32, 8, 8), torch.randn(2, 16), F.one_hot(torch.randint(0, 5, (2, 16, 16)), 5).movedim(-1, 1).float()
-    from cmr_diffusion.sdm import LabelPyramid
+    from cmr_diffusion.model.sdm import LabelPyramid
     h = block.conv1(F.silu(spade(block.norm1, x, one_hot)))
     t = block.time(time)[..., None, None]
     if scale_shift: scale, shift = t.chunk(2, 1); h = spade(block.norm2, h, one_hot)*(1 + scale) + shift

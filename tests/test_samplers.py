@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from cmr_diffusion.diffusion import EDM, Paper
-from cmr_diffusion.samplers import SeededNoise, ddim, ddpm, dpmpp_2m, heun
+from cmr_diffusion.model.edm import EDM
+from cmr_diffusion.model.ddpm import Paper
+from cmr_diffusion.model.samplers import SeededNoise, ddim, ddpm, dpmpp_2m, heun
 
 diffusers = pytest.importorskip('diffusers', reason='the oracle of the samplers comes with the dev extra')
 SHAPE = (1, 1, 16, 16)
