@@ -100,6 +100,15 @@ class GridSlices:
         "Some of the slices."
         return GridSlices(self.images[index], self.label_maps[index], self.rows.iloc[index].reset_index(drop=True))
 
+    def __add__(self,
+        other: 'GridSlices',  # on a grid of the same size
+    ) -> 'GridSlices':
+        "The slices of both, one after the other."
+        import pandas as pd
+        rows = pd.concat([self.rows, other.rows], ignore_index=True)
+        return GridSlices(np.concatenate([self.images, other.images]),
+                          np.concatenate([self.label_maps, other.label_maps]), rows)
+
     def of(self,
         split: str | None = None,  # train, val, test or synthesis; None: all
         image_type: str | None = None,  # name of the image type; None: all

@@ -24,8 +24,10 @@ class Workplace:
         "The same in this process, which has imported PyTorch already: for the many calls that fail."
         script, out, err = str(Path(sys.executable).with_name(name)), io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            patch.chdir(self.folder); patch.setattr(sys, 'argv', [script, *map(str, words)])
-            patch.setenv('MLFLOW_TRACKING_URI', self.env['MLFLOW_TRACKING_URI']); patch.delenv('IN_TEST', raising=False)
+            patch.chdir(self.folder)
+            patch.setattr(sys, 'argv', [script, *map(str, words)])
+            patch.setenv('MLFLOW_TRACKING_URI', self.env['MLFLOW_TRACKING_URI'])
+            patch.delenv('IN_TEST', raising=False)
             try: code = runpy.run_path(script, run_name='__main__') and 0
             except SystemExit as e: code = e.code or 0
         return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
@@ -51,7 +53,8 @@ def store(place):
         yield
 
 
-SECRETS = dict(PatientName='Doe^Secretive', PatientID='SECRET-4711', PatientBirthDate='19500203', AccessionNumber='SECRET-0815', InstitutionName='Secret Hospital')
+SECRETS = dict(PatientName='Doe^Secretive', PatientID='SECRET-4711', PatientBirthDate='19500203',
+               AccessionNumber='SECRET-0815', InstitutionName='Secret Hospital')
 
 @pytest.fixture(scope='session')
 def phantom(place):
@@ -73,7 +76,8 @@ def cache(place, phantom):
 @pytest.fixture(scope='session')
 def trained(place, cache):
     "The name of a run that trained for a few steps."
-    place.must('cmr_train', cache, '--preset', 'tiny', '--steps', 8, '--checks', 1, '--batch_size', 4, '--run_name', 'few_steps', '--device', 'cpu')
+    options = ('--preset', 'tiny', '--steps', 8, '--checks', 1, '--batch_size', 4, '--device', 'cpu')
+    place.must('cmr_train', cache, *options, '--run_name', 'few_steps')
     return 'few_steps'
 
 

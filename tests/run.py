@@ -1,8 +1,8 @@
-"""All tests of the repository: notebooks clean and in step with the modules, every notebook, the end-to-end tests.
+"""All tests of the repository: notebooks and modules in order, every notebook, the end-to-end tests.
 
 Ends with `N passed, N failed, N skipped`, alone on its line, and exit code 1 where something failed.
 `tests/run.py checks`, `notebooks` or `pytest` runs that part alone."""
-import filecmp, os, re, shutil, subprocess, sys, tempfile, time
+import ast, filecmp, io, json, os, re, shutil, subprocess, sys, tempfile, time, tokenize
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -10,13 +10,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 CORES = os.cpu_count() or 1
 WORKERS = min(2, CORES)
+MAX_LINES, MAX_COLUMNS, MAX_CELLS, MAX_BYTES = 300, 120, 60, 200_000  # of a module, a code line, and two of a notebook
+MARKED = r'"#\|\s*{}\b'  # a cell with that flag, in a notebook's JSON
+BY_HAND = {'__init__.py', '__main__.py'}  # modules that no notebook makes
 
 
 def call(*command, cwd=ROOT, threads=1, **kw):
     "A command with this repository's package first on the path and a fixed number of threads."
-    env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads), 'OMP_WAIT_POLICY': 'PASSIVE', 'MPLBACKEND': 'Agg', 'PYTHONUNBUFFERED': '1',
-           'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])), 'MLFLOW_DISABLE_TELEMETRY': 'true'}
-    return subprocess.run([str(c) for c in command], cwd=cwd, env=env, **kw)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    own = dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg',
+               PYTHONUNBUFFERED='1', PYTHONPATH=path, MLFLOW_DISABLE_TELEMETRY='true')
+    return subprocess.run([str(c) for c in command], cwd=cwd, env={**os.environ, **own}, **kw)
 
 
 def report(name, problems):
@@ -25,46 +29,135 @@ def report(name, problems):
     return not problems
 
 
-def checks(scratch):
+def modules(root):
+    "The modules below a folder that notebooks make: path -> file."
+    found = sorted((root/'cmr_diffusion').rglob('*.py'))
+    return {m.relative_to(root).as_posix(): m for m in found if m.name not in BY_HAND | {'_modidx.py'}}
+
+
+def in_step(scratch):
     "Clean, in step, no orphan: what nbdev makes of a copy must be what lies here."
     copy = scratch/'copy'
-    for folder in ('nbs', 'cmr_diffusion'):
-        shutil.copytree(ROOT/folder, copy/folder, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_modidx.py'))
+    left_out = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_modidx.py')
+    for folder in ('nbs', 'cmr_diffusion'): shutil.copytree(ROOT/folder, copy/folder, ignore=left_out)
     for name in ('pyproject.toml', 'settings.ini'): shutil.copy(ROOT/name, copy)
-    notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
 
     done = call(BIN/'nbdev-clean', cwd=copy, capture_output=True, text=True)
-    unclean = [f'nbs/{n.name} is not clean: nbdev_clean' for n in notebooks if not filecmp.cmp(n, copy/'nbs'/n.name, shallow=False)]
+    notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
+    unclean = [n.name for n in notebooks if not filecmp.cmp(n, copy/'nbs'/n.name, shallow=False)]
+    unclean = [f'nbs/{name} is not clean: nbdev_clean' for name in unclean]
     yield report('notebooks are clean', unclean + ([done.stderr] if done.returncode else []))
 
-    for module in (copy/'cmr_diffusion').glob('*.py'):
-        if module.name != '__init__.py': module.unlink()  # what export does not make again has no notebook
+    for module in modules(copy).values(): module.unlink()  # what export does not make again has no notebook
     done = call(BIN/'nbdev-export', cwd=copy, capture_output=True, text=True)
-    def modules(root): return {m.relative_to(root).as_posix(): m for m in sorted((root/'cmr_diffusion').glob('*.py')) if m.name != '_modidx.py'}
     here, made = modules(ROOT), modules(copy)
-    apart = [f'{m} differs from its notebook: nbdev_export' for m in here if m in made and here[m].read_bytes() != made[m].read_bytes()]
+    apart = [m for m in here if m in made and here[m].read_bytes() != made[m].read_bytes()]
+    apart = [f'{m} differs from its notebook: nbdev_export' for m in apart]
     apart += [f'{m} is missing: nbdev_export' for m in made if m not in here]
     yield report('modules are in step with the notebooks', apart + ([done.stderr] if done.returncode else []))
-    yield report('no orphan module', [f'{m} comes from no notebook: remove it' for m in here if m not in made])
+    orphans = [f'{m} comes from no notebook: remove it' for m in here if m not in made]
+    yield report('no orphan module, in any folder', orphans)
 
-    large = [f'nbs/{n.name} is {n.stat().st_size//1000} KB: smaller figures, fewer outputs' for n in notebooks if n.stat().st_size > 300_000]
+
+def chapter_of(module):
+    "The notebook that a module is made from, as its second line says; notebooks sort by chapter number."
+    said = re.search(r'^# AUTOGENERATED! DO NOT EDIT! File to edit: (\S+)', module.read_text(), re.M)
+    return Path(said.group(1)).name if said else ''
+
+
+def imports_of(path, module):
+    "Every module of the package that a module imports anywhere: (line, its path)."
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module_name, level = node.module or '', node.level
+            names = [module_name] + [f'{module_name}.{a.name}'.strip('.') for a in node.names]
+        elif isinstance(node, ast.Import): names, level = [a.name for a in node.names], 0
+        else: continue
+        for name in names:
+            if level: base = Path(path).parents[level - 1]
+            elif name.split('.')[0] == 'cmr_diffusion': base = Path()
+            else: continue
+            yield node.lineno, (base/Path(*name.split('.'))).with_suffix('.py').as_posix() if name else ''
+
+
+def architecture(scratch):
+    "Modules are short and import only from chapters with a lower number; benchmarks and tests import what they like."
+    here = modules(ROOT)
+    lengths = {path: len(module.read_text().splitlines()) for path, module in here.items()}
+    long = [f'{path} has {n} lines: make two chapters of it' for path, n in lengths.items() if n > MAX_LINES]
+    yield report(f'no module is longer than {MAX_LINES} lines', long)
+    chapters = {p: chapter_of(m) for p, m in here.items()}
+    upward = []
+    for path, module in here.items():
+        for line, other in sorted(set(imports_of(path, module))):
+            if chapters.get(other, '') < chapters[path]: continue
+            upward.append(f'{path}:{line} ({chapters[path]}) imports {other} ({chapters[other]})')
+    yield report('imports go down by chapter number', upward)
+
+
+def code_of(cell):
+    "The code of a cell without nbdev's directives and notebook magics, line by line."
+    lines = ''.join(cell['source']).splitlines()
+    return ['' if line.startswith(('#|', '%', '!')) else line for line in lines]
+
+
+def joined(lines):
+    "Numbers of the lines in which a semicolon joins two statements."
+    try: tokens = list(tokenize.generate_tokens(io.StringIO('\n'.join(lines) + '\n').readline))
+    except (tokenize.TokenError, IndentationError): return []
+    quiet = (tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER)
+    pairs = zip(tokens, tokens[1:])
+    return [t.start[0] for t, after in pairs if t.type == tokenize.OP and t.string == ';' and after.type not in quiet]
+
+
+def style(scratch):
+    "Lines that can be read at once, notebooks that can be opened at once, and no path of a machine."
+    wide, several, large, strange = [], [], [], []
     place = re.compile(r'"[^"]*(/work/|/root/|/home/\w|/tmp/\w)[^"]*"')
-    strange = [f'nbs/{n.name} holds the path of a machine: {m.group(0)[:80]}' for n in notebooks if (m := place.search(n.read_text()))]
+
+    def look(where, lines):
+        too_long = [line for line in lines if len(line) > MAX_COLUMNS]
+        wide.extend(f'{where}: {len(line)} characters: {line.strip()[:60]}' for line in too_long)
+        several.extend(f'{where}: {lines[k - 1].strip()[:80]}' for k in joined(lines))
+
+    for script in sorted([*ROOT.glob('tests/*.py'), *ROOT.glob('benchmarks/*.py')]):
+        look(script.relative_to(ROOT).as_posix(), script.read_text().splitlines())
+    for n in sorted((ROOT/'nbs').glob('*.ipynb')):
+        cells = json.loads(n.read_text())['cells']
+        for cell in cells:
+            if cell['cell_type'] == 'code': look(f'nbs/{n.name}, cell {cell["id"]}', code_of(cell))
+        size = n.stat().st_size
+        if size > MAX_BYTES: large.append(f'nbs/{n.name} is {size//1000} KB: smaller figures, fewer outputs')
+        if len(cells) > MAX_CELLS: large.append(f'nbs/{n.name} has {len(cells)} cells: make two chapters of it')
+        found = place.search(n.read_text())
+        if found: strange.append(f'nbs/{n.name} holds the path of a machine: {found.group(0)[:80]}')
+    yield report(f'no code line has more than {MAX_COLUMNS} characters', wide)
+    yield report('no semicolon joins statements', several)
     yield report('notebooks are small and name no machine', large + strange)
+
+
+def checks(scratch):
+    "What can be said without running anything."
+    for part in (in_step, architecture, style): yield from part(scratch)
 
 
 def notebooks(scratch):
     "Every notebook through nbdev_test: its own process pool, `slow` and `gpu` cells left out."
     names = [n.name for n in sorted((ROOT/'nbs').glob('*.ipynb'))]
-    flagged = {f: sum(len(re.findall(rf'"#\|\s*{f}\b', (ROOT/'nbs'/n).read_text())) for n in names) for f in ('slow', 'gpu')}
-    print(f'\n{len(names)} notebooks; left out: ' + ', '.join(f'{k} cells marked {f}' for f, k in flagged.items()), flush=True)
+    everything = ''.join((ROOT/'nbs'/n).read_text() for n in names)
+    flagged = [f'{len(re.findall(MARKED.format(flag), everything))} cells marked {flag}' for flag in ('slow', 'gpu')]
+    print(f'\n{len(names)} notebooks; left out: {", ".join(flagged)}', flush=True)
     log = scratch/'nbdev_test.txt'
     with log.open('w') as stderr:
-        done = call(BIN/'nbdev-test', 'nbs', '--n-workers', WORKERS, '--do-print', '--timing', threads=max(1, CORES//WORKERS), stderr=stderr)
+        options = ('--n-workers', WORKERS, '--do-print', '--timing')
+        done = call(BIN/'nbdev-test', 'nbs', *options, threads=max(1, CORES//WORKERS), stderr=stderr)
     text = log.read_text()
     print(text, flush=True)
     failed = {n for n in names if re.search(rf'^\t{re.escape(n)}$', text.partition('nbdev Tests Failed')[2], re.M)}
-    if done.returncode and not failed: print('failed: nbdev_test itself'); yield False; return
+    if done.returncode and not failed:
+        print('failed: nbdev_test itself')
+        yield False
+        return
     for name in sorted(failed): print(f'failed: {name}')
     yield from [name not in failed for name in names]
 
@@ -73,11 +166,18 @@ def end_to_end(scratch):
     "The tests of whole commands, in pytest; skipped ones say why."
     xml = scratch/'pytest.xml'
     print(flush=True)
-    done = call(sys.executable, '-m', 'pytest', 'tests', '-q', '-rs', '--durations=5', '-p', 'no:cacheprovider', f'--junitxml={xml}', threads=CORES)
-    if not xml.exists(): print('failed: pytest itself'); yield False; return
+    options = ('-q', '-rs', '--durations=5', '-p', 'no:cacheprovider', f'--junitxml={xml}')
+    done = call(sys.executable, '-m', 'pytest', 'tests', *options, threads=CORES)
+    if not xml.exists():
+        print('failed: pytest itself')
+        yield False
+        return
     cases = list(ET.parse(xml).iter('testcase'))
-    for case in cases: yield None if case.find('skipped') is not None else case.find('failure') is None and case.find('error') is None
-    if done.returncode not in (0, 5) and all(c.find('failure') is None and c.find('error') is None for c in cases): print('failed: pytest itself'); yield False
+    def failed(case): return case.find('failure') is not None or case.find('error') is not None
+    for case in cases: yield None if case.find('skipped') is not None else not failed(case)
+    if done.returncode not in (0, 5) and not any(map(failed, cases)):
+        print('failed: pytest itself')
+        yield False
 
 
 def main(parts):
@@ -85,7 +185,8 @@ def main(parts):
     with tempfile.TemporaryDirectory(prefix='cmr_tests_') as scratch:
         os.environ['TMPDIR'] = scratch  # whatever a test leaves behind goes with it
         for part in (checks, notebooks, end_to_end):
-            if not parts or part.__name__ in parts or (part is end_to_end and 'pytest' in parts): results += part(Path(scratch))
+            wanted = part.__name__ in parts or (part is end_to_end and 'pytest' in parts)
+            if wanted or not parts: results += part(Path(scratch))
     passed, failed, skipped = (sum(r is v for r in results) for v in (True, False, None))
     print(f'\n{time.time() - start:.0f} s\n{passed} passed, {failed} failed, {skipped} skipped', flush=True)
     return int(failed > 0 or passed == 0)

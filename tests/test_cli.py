@@ -7,7 +7,7 @@ COMMANDS = ('cmr_phantom', 'cmr_prepare', 'cmr_train', 'cmr_sample', 'cmr_evalua
 
 
 def one_line(done, *parts):
-    lines = re.sub(r'[^\n]*\r', '', done.stderr).strip().splitlines()  # a progress bar shows on a slow machine, and goes
+    lines = re.sub(r'[^\n]*\r', '', done.stderr).strip().splitlines()  # without the progress bars of a slow machine
     assert done.returncode == 2 and len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
     for part in parts: assert part in lines[0], lines[0]
 
@@ -52,7 +52,8 @@ def test_unknown_words(place, phantom, cache, trained):
 
 
 def test_a_slice_larger_than_the_grid_is_never_cut(place, phantom):
-    one_line(place.here('cmr_prepare', phantom, 'c', '--size', 64, '--spacing', 'native', '--crop', 'none'), '64 x 64', '--size', '--crop heart')
+    whole = ('--size', 64, '--spacing', 'native', '--crop', 'none')
+    one_line(place.here('cmr_prepare', phantom, 'c', *whole), '64 x 64', '--size', '--crop heart')
 
 
 def test_a_checkpoint_of_another_shape(place, phantom, cache, trained):
