@@ -140,12 +140,15 @@ def column_histograms(
     return fig
 
 # %% ../nbs/01b_charts.ipynb #050037
+_METRIC_COLOURS = {**SPLIT_COLOURS, 'valid': SPLIT_COLOURS['val']}  # by what precedes the '/'
+
 def _metric_lines(ax, history, columns, log):
     "The columns of one panel over the steps."
     for column in columns:
         known = history[column].dropna()
         style = '-' if len(known) > 30 else '.-'
-        ax.plot(known.index, known, style, lw=1.2, color=SPLIT_COLOURS.get(column.split('/')[0]), label=column)
+        colour = _METRIC_COLOURS.get(column.split('/')[0])
+        ax.plot(known.index, known, style, lw=1.2, color=colour, label=column)
     values = history[columns].to_numpy(float)
     if log and (values[np.isfinite(values)] > 0).all(): ax.set_yscale('log')
     if len(columns) > 1: ax.legend(frameon=False)

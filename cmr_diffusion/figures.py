@@ -26,7 +26,7 @@ class Picture(Figure):
     def __init__(self,
         width: float,  # inches
         height: float,  # inches
-        **options  # of `matplotlib.figure.Figure`
+        **options,  # of `matplotlib.figure.Figure`
     ):
         super().__init__(figsize=(width, height), dpi=DPI, layout='constrained', **options)
 
@@ -34,13 +34,14 @@ class Picture(Figure):
         "The figure as a PNG file of 128 colours."
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format='png')
-        reduced = Image.open(drawn).convert('RGB').quantize(128, dither=Image.Dither.NONE)
+        options = dict(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # thin lines keep their colours
+        reduced = Image.open(drawn).convert('RGB').quantize(128, **options)
         reduced.save(small, format='png', optimize=True)
         return small.getvalue()
 
     _repr_png_ = png
 
-# %% ../nbs/01_figures.ipynb #01n002
+# %% ../nbs/01_figures.ipynb #01n014
 def _show_small():
     "Make Jupyter show a `Picture` by its own method `png`."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
@@ -67,7 +68,7 @@ def _array_window(pixels):
     low, high = np.percentile(finite, (1, 99)) if len(finite) else (0, 1)
     return low, max(high, low + 1e-6)
 
-# %% ../nbs/01_figures.ipynb #01n004
+# %% ../nbs/01_figures.ipynb #01n017
 def shown_values(
     image  # Slice, slice on the grid, or array (rows, columns)
 ) -> tuple[np.ndarray, float, float]:  # values (rows, columns); the values shown black and white
@@ -81,8 +82,8 @@ def shown_values(
         pixels = pixels/max(top, 1e-12)
     return pixels, *window(image.type)
 
-# %% ../nbs/01_figures.ipynb #01n006
-def _outlines(ax, label_map, width=1.):
+# %% ../nbs/01_figures.ipynb #01n019
+def _outlines(ax, label_map, width):
     "Lines about the structures of a label map."
     rows, columns = label_map.shape
     x, y = np.arange(-1, columns + 1), np.arange(-1, rows + 1)
@@ -91,14 +92,14 @@ def _outlines(ax, label_map, width=1.):
         if number == BACKGROUND or not inside.any(): continue
         ax.contour(x, y, inside, [0.5], colors=[COLOURS[name]], linewidths=width)
 
-# %% ../nbs/01_figures.ipynb #01n007
+# %% ../nbs/01_figures.ipynb #01n020
 def _draw_label_map(ax, label_map):
     "A label map on an axis, each structure in its colour."
     numbers = np.where(np.asarray(label_map) == PADDING, len(STRUCTURES), label_map)
     ax.imshow(numbers, cmap=LABEL_COLOURS, vmin=-0.5, vmax=len(STRUCTURES) + 0.5, interpolation='nearest')
     ax.set_axis_off()
 
-def _draw_image(ax, image, label_map=None, width=1.):
+def _draw_image(ax, image, label_map=None, width=1.2):
     "A grey image on an axis, with the outlines of a label map where one is given."
     pixels, low, high = shown_values(image)
     ax.imshow(pixels, cmap='gray', vmin=low, vmax=high, interpolation='nearest')
@@ -119,7 +120,7 @@ def _height(rows):
     shapes = [np.shape(getattr(part, 'pixels', part)) for part in parts if part is not None]
     return max((shape[0]/shape[1] for shape in shapes if len(shape) == 2), default=1)
 
-# %% ../nbs/01_figures.ipynb #01n010
+# %% ../nbs/01_figures.ipynb #01n023
 def overlay(
     image,  # Slice, slice on the grid, or array (rows, columns)
     label_map: np.ndarray | None = None,  # (rows, columns) numbers of `STRUCTURES`; None: the slice's own
@@ -136,7 +137,7 @@ def overlay(
     ax.set_title(title, fontsize=TEXT)
     return fig
 
-# %% ../nbs/01_figures.ipynb #01n024
+# %% ../nbs/01_figures.ipynb #01n033
 def show_labels(
     label_map: np.ndarray,  # (rows, columns) numbers of `STRUCTURES`, and `PADDING`
     title: str = '',  # above the map
@@ -151,13 +152,13 @@ def show_labels(
 
 # %% ../nbs/01_figures.ipynb #050016
 def show_slice(
-    cmr_slice: Slice,
+    cmr_slice: Slice,  # with or without a label map
     title: str | None = None  # above the image; None: its type and the name of the slice
 ) -> Figure:
     "Draw one slice: the image with a bar of its values, its outlines and its label map."
     label_map = cmr_slice.labels
     if title is None: title = f'{cmr_slice.type} {getattr(cmr_slice, "name", "")}'.strip()
-    fig = Picture(3.2 if label_map is None else 8, 2.2)
+    fig = Picture(3.2 if label_map is None else 8, 0.4 + 2.4*_height([[cmr_slice]]))
     axes = np.atleast_1d(fig.subplots(1, 1 if label_map is None else 3))
     _draw_image(axes[0], cmr_slice)
     axes[0].set_title(title, fontsize=TEXT)
@@ -190,7 +191,7 @@ def show_contours(
 def _draw_item(ax, item):
     "An item of a grid on an axis."
     image, label_map = item if isinstance(item, tuple) else (item, None)
-    if image is not None: _draw_image(ax, image, label_map, 0.8)
+    if image is not None: _draw_image(ax, image, label_map, 1.)
     elif label_map is not None: _draw_label_map(ax, label_map)
     else: ax.set_axis_off()
 
@@ -199,7 +200,7 @@ def _name_row(ax, name):
     place = dict(transform=ax.transAxes, va='center', ha='right')
     ax.text(-0.04, 0.5, name, rotation=90, fontsize=TEXT, **place)
 
-# %% ../nbs/01_figures.ipynb #01n028
+# %% ../nbs/01_figures.ipynb #01n037
 def image_grid(
     rows: Sequence[Sequence],  # items: image, (image, label map) for outlines, (None, label map), or None
     titles: Sequence[str] = (),  # of the columns

@@ -47,7 +47,7 @@ class Canvas:
         self.x = _wave(bend[0], y).astype(np.float32)[:, None] + x.astype(np.float32)  # bent positions (rows, columns)
         self.y = y.astype(np.float32)[:, None] + _wave(bend[1], x).astype(np.float32)
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an001
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an025
 @patch
 def box(self: Canvas,
     centre: tuple[float, float],  # x, y in mm
@@ -68,7 +68,7 @@ def _in_ellipse(x, y, axes, square):
     if not square: return u + v < 1
     return (u + v - np.float32(square)*u*v < 1) & (u < 1) & (v < 1)
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an002
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an026
 @patch
 def ellipse(self: Canvas,
     region: int,  # number to paint
@@ -92,14 +92,14 @@ def ellipse(self: Canvas,
         if above is not None: inside &= y < above
         np.copyto(self.regions[band], np.uint8(region), where=inside)
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an008
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an032
 def _draw_waves(rng):
     "Three slow waves (3, 3): amplitude in mm, angular frequency in 1/mm, phase."
     lengths = np.array((60., 110., 170.))  # mm
     return np.stack([rng.normal(0, (0.5, 1.5, 3.)), 2*math.pi/lengths, rng.uniform(0, 6.28, 3)], 1)
 
 def plane(
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     name: str = 'Mid',  # of `LEVELS`
     shift: tuple[float, float] = (0., 0.),  # x, y in mm: the patient breathes between two acquisitions
     fine: int = 3  # points per pixel along each side; odd, so that one lies on the pixel's centre
@@ -132,10 +132,10 @@ def _draw_lung_vessels(canvas, body, rng):
         axes = r, r*rng.uniform(1, 2.5)
         canvas.ellipse(VENOUS, place, axes, rng.uniform(0, math.pi), over=LUNG)
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an010
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an034
 def draw_torso(
     canvas: Canvas,  # painted on
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     rng: np.random.Generator  # of the plane
 ):
     "Paint skin fat, muscle, ribs and lungs; what is painted next stays inside the muscle."
@@ -149,14 +149,14 @@ def draw_torso(
     canvas.within = (canvas.regions != AIR) & (canvas.regions != FAT)
     _draw_lung_vessels(canvas, body, rng)
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an013
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an037
 ORGANS = {  # number of the patient's own displacement, x and y in mm, and how far it rises with the diaphragm
     'liver': (1, -92, 70, 1), 'left lobe': (2, -15, 63, 1), 'vena cava': (3, -48, 62, 0), 'spleen': (4, 112, 92, 1),
     'stomach': (5, 66, 72, 1), 'left back': (6, -63, 128, 0), 'right back': (6, 22, 128, 0), 'spine': (7, -18, 100, 0),
     'spinal canal': (7, -18, 124, 0), 'aorta': (8, 14, 76, 0)}
 
 def organ_places(
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     level: float  # 0 base to 1 apex
 ) -> dict[str, tuple[float, float]]:  # organ -> x, y in mm
     "Where the organs lie in a plane; each patient's organs have their own small displacements."
@@ -164,7 +164,7 @@ def organ_places(
     return {name: (patient.body*x + jitter[i, 0], patient.body*(y - follows*rise) + jitter[i, 1])
             for name, (i, x, y, follows) in ORGANS.items()}
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an014
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an038
 def _draw_liver_vessels(canvas, body, rng):
     "Paint vessels into the liver."
     for _ in range(14):
@@ -186,7 +186,7 @@ def _draw_abdomen(canvas, patient, level, rng):
     canvas.ellipse(FLUID, at['stomach'], size, -0.2)
     canvas.ellipse(AIR, at['stomach'], size - 0.5, -0.2, above=rng.uniform(-10, 8))  # gas above the fluid
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an015
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an039
 def _draw_back(canvas, patient, level):
     "Paint the muscles of the back, a vertebra and the descending aorta."
     body, at = patient.body, organ_places(patient, level)
@@ -199,7 +199,7 @@ def _draw_back(canvas, patient, level):
 
 def draw_organs(
     canvas: Canvas,  # painted on
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     level: float,  # 0 base to 1 apex
     rng: np.random.Generator  # of the plane
 ):
@@ -217,7 +217,7 @@ def _in_lesion(lesion, angle, depth):
 
 def draw_left(
     canvas: Canvas,  # painted on
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     centre: np.ndarray,  # x, y in mm
     cavity: float,  # radius, mm
     wall: float  # thickness, mm
@@ -234,7 +234,7 @@ def draw_left(
     if patient.lesion: view[_in_lesion(patient.lesion, angle, depth)] = LESION
     view[depth < 0] = LV_BLOOD
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an018
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an042
 def _narrowing(level): return max(0, level - 0.5)/0.5  # 0 from the base to the middle, 1 at the apex
 
 def _draw_right(canvas, patient, level, centre, outer, rng):
@@ -256,10 +256,10 @@ def _draw_papillary_muscles(canvas, patient, level, centre, cavity, rng):
         place = centre[0] + r*math.cos(direction), centre[1] + r*math.sin(direction)
         canvas.ellipse(PAPILLARY, place, (size*1.3, size), direction, over=LV_BLOOD)
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an020
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an044
 def draw_heart(
     canvas: Canvas,  # painted on
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     level: float,  # 0 base to 1 apex
     rng: np.random.Generator  # of the plane
 ):
@@ -276,7 +276,7 @@ def draw_heart(
 
 # %% ../../nbs/18a_cohort.anatomy.ipynb #070019
 def regions(
-    patient: Patient,
+    patient: Patient,  # whose anatomy is drawn
     name: str = 'Mid',  # of `LEVELS`
     shift: tuple[float, float] = (0., 0.),  # x, y in mm: the patient breathes between two acquisitions
     fine: int = 3  # points per pixel along each side; odd, so that one lies on the pixel's centre

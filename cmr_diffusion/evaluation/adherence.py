@@ -17,7 +17,7 @@ from ..core import CMRError, GridSlices
 from .overlap import dice_table, first_split, Part
 from .segmentation import segment, Segmenter
 
-# %% ../../nbs/63_evaluation.adherence.ipynb #63n013
+# %% ../../nbs/63_evaluation.adherence.ipynb #63n000
 def _groups(
     label_maps: np.ndarray,  # (N, S, S)
     patients: pd.Series,  # (N,) names
@@ -75,7 +75,7 @@ def adherence_table(
     table = pd.concat([t.assign(images=name) for name, t in parts.items()], ignore_index=True)
     return table[['images', *parts['synthetic'].columns]]
 
-# %% ../../nbs/63_evaluation.adherence.ipynb #63n023
+# %% ../../nbs/63_evaluation.adherence.ipynb #63n012
 def adherence(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask

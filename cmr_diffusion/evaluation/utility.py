@@ -29,7 +29,7 @@ def mean_grey(
         images[at, 0] = x
     return replace(slices, images=images)
 
-# %% ../../nbs/64_evaluation.utility.ipynb #64n002
+# %% ../../nbs/64_evaluation.utility.ipynb #64n018
 def training_sets(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask
@@ -56,14 +56,16 @@ def utility_table(
         raise CMRError('the cohort has no usable test slice, so nothing can be tested; check its split')
     parts = []
     for name, slices in sets.items():
-        model, kept_in = real_model if name == 'real' else None, None if name == 'synthetic' else folder
-        model = model or cached_segmentation(kept_in, slices, config, device, f'U-Net on {name.replace(" ", "-")} images')
-        read = dice_table(segment(model, test.images), test)
-        parts.append(read.assign(trained_on=name, train_slices=len(slices)))
+        model = real_model if name == 'real' else None
+        if model is None:
+            kept_in = None if name == 'synthetic' else folder
+            model = cached_segmentation(kept_in, slices, config, device, f'U-Net on {name} images')
+        read = segment(model, test.images)
+        parts.append(dice_table(read, test).assign(trained_on=name, train_slices=len(slices)))
     table = pd.concat(parts, ignore_index=True)
     return table[['trained_on', 'train_slices', *table.columns[:-2]]]
 
-# %% ../../nbs/64_evaluation.utility.ipynb #64n010
+# %% ../../nbs/64_evaluation.utility.ipynb #64n027
 def utility(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask

@@ -37,11 +37,16 @@ class ConditionSpec:
         return 1 + sum(len(structures) for _, structures in self.types)
 
     @property
+    def null(self) -> int:
+        "The class number that says nothing: all channels are zero."
+        return self.channels
+
+    @property
     def names(self) -> list[str]:
         "Name of each channel."
         return ['padding'] + [f'{name} {structure}' for name, structures in self.types for structure in structures]
 
-# %% ../../nbs/21_grid.condition.ipynb #21n005
+# %% ../../nbs/21_grid.condition.ipynb #21n043
 @patch
 def structures(
     self: ConditionSpec,
@@ -53,7 +58,7 @@ def structures(
     known = ', '.join(name for name, _ in self.types)
     raise CMRError(f'image type {image_type!r} is not among those of the condition: {known}')
 
-# %% ../../nbs/21_grid.condition.ipynb #21n006
+# %% ../../nbs/21_grid.condition.ipynb #21n044
 @patch
 def first(
     self: ConditionSpec,
@@ -64,7 +69,7 @@ def first(
     names = [name for name, _ in self.types]
     return 1 + sum(len(structures) for _, structures in self.types[:names.index(image_type)])
 
-# %% ../../nbs/21_grid.condition.ipynb #21n009
+# %% ../../nbs/21_grid.condition.ipynb #21n047
 @patch(cls_method=True)
 def from_table(
     cls: ConditionSpec,
@@ -76,7 +81,7 @@ def from_table(
     seen = {t: set(','.join(rows.unique()).split(',')) for t, rows in table.groupby('type').structures}
     return cls(tuple((t, tuple(s for s in STRUCTURES if s in seen[t])) for t in sorted(seen)))
 
-# %% ../../nbs/21_grid.condition.ipynb #21n012
+# %% ../../nbs/21_grid.condition.ipynb #21n050
 @patch
 def to_json(self: ConditionSpec) -> str:
     "The specification as JSON."
@@ -91,11 +96,6 @@ def from_json(
     return cls(json.loads(text) if isinstance(text, str) else text)
 
 # %% ../../nbs/21_grid.condition.ipynb #090008
-@patch(as_prop=True)
-def null(self: ConditionSpec) -> int:
-    "The class number that says nothing: all channels are zero."
-    return self.channels
-
 def _look_up(spec: ConditionSpec, image_type: str) -> np.ndarray:  # (256,) uint8
     "The class number of each label of a type; the null number where the type does not have the label."
     table = np.full(256, spec.null, np.uint8)
@@ -104,7 +104,7 @@ def _look_up(spec: ConditionSpec, image_type: str) -> np.ndarray:  # (256,) uint
         table[STRUCTURES.index(structure)] = channel
     return table
 
-# %% ../../nbs/21_grid.condition.ipynb #21n014
+# %% ../../nbs/21_grid.condition.ipynb #21n052
 @patch
 def encode(
     self: ConditionSpec,
@@ -121,7 +121,7 @@ def encode(
     raise CMRError(f'label map with {names}: the condition for {image_type} knows only {known}; '
                    'use a model trained on a cohort with these structures')
 
-# %% ../../nbs/21_grid.condition.ipynb #21n020
+# %% ../../nbs/21_grid.condition.ipynb #21n058
 @patch
 def decode(
     self: ConditionSpec,
@@ -169,7 +169,11 @@ class Condition:
         if isinstance(index, int): index = [index]
         return replace(self, classes=self.classes[index], spacing=self.spacing[index])
 
-# %% ../../nbs/21_grid.condition.ipynb #21n034
+    def one_hot(self) -> Tensor:  # (B, channels, H, W) float32
+        "The one-hot map."
+        return one_hot(self.classes, self.channels)
+
+# %% ../../nbs/21_grid.condition.ipynb #21n072
 @patch
 def to(
     self: Condition,
@@ -178,12 +182,7 @@ def to(
     "The batch on another device."
     return replace(self, classes=self.classes.to(device), spacing=self.spacing.to(device))
 
-@patch
-def one_hot(self: Condition) -> Tensor:  # (B, channels, H, W) float32
-    "The one-hot map."
-    return one_hot(self.classes, self.channels)
-
-# %% ../../nbs/21_grid.condition.ipynb #21n036
+# %% ../../nbs/21_grid.condition.ipynb #21n073
 @patch(cls_method=True)
 def cat(
     cls: Condition,
@@ -196,7 +195,7 @@ def cat(
     classes, spacing = (torch.cat([getattr(c, name) for c in conditions]) for name in ('classes', 'spacing'))
     return replace(conditions[0], classes=classes, spacing=spacing)
 
-# %% ../../nbs/21_grid.condition.ipynb #21n077
+# %% ../../nbs/21_grid.condition.ipynb #21n082
 @patch
 def drop(
     self: Condition,

@@ -7,7 +7,7 @@ __all__ = ['logger', 'IN_ONE_STEP', 'FAST', 'FastSPADE', 'upsample_conv', 'FastR
            'FastAttention', 'milliseconds', 'choose_fastest', 'run_layers', 'FastSDM', 'exchange', 'number_spades',
            'fast', 'compile_network']
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n002
+# %% ../../nbs/31_model.fast_spade.ipynb #31n014
 import logging
 import time
 from typing import Callable
@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from ..core import CMRError
 from ..grid.condition import Condition, one_hot
+from .adm import Attention, GroupNorm, Resample
 from .fused_norm import FastGroupNorm, fused_norm, gather, with_time
 from .neighbourhoods import (
     LabelPyramid, Neighbourhoods, class_numbers, find_neighbourhoods, nearest, table_is_cheaper)
-from .sdm import SDM, SPADE, Attention, GroupNorm, Resample, ResBlock
+from .sdm import SDM, SPADE, ResBlock
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n003
+# %% ../../nbs/31_model.fast_spade.ipynb #31n015
 class FastSPADE(SPADE):
     "SPADE that computes gamma and beta once for each distinct neighbourhood, and normalises, scales and shifts in one step."
     number, factor = 0, 1  # of the layer in its network; down-sampling factor of its features
@@ -74,7 +75,7 @@ class FastSPADE(SPADE):
         if isinstance(scale, Tensor): z = torch.addcmul(shift.to(x.dtype), z, (1 + scale).to(x.dtype))
         return F.silu(z)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n004
+# %% ../../nbs/31_model.fast_spade.ipynb #31n016
 IN_ONE_STEP = 256  # pixels of a feature map from which on doubling and convolving are one step
 
 def upsample_conv(
@@ -97,7 +98,7 @@ class FastResample(Resample):
     "The same for networks without residual resampling."
     def forward(self, x: Tensor) -> Tensor: return upsample_conv(x, self.conv) if self.up else super().forward(x)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n005
+# %% ../../nbs/31_model.fast_spade.ipynb #31n017
 def attend(
     q: Tensor,  # queries (B, heads, pixels, C / heads)
     k: Tensor,  # keys, of the same shape
@@ -112,7 +113,7 @@ class FastAttention(Attention):
     "Attention in three plain steps."
     attend = staticmethod(attend)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n006
+# %% ../../nbs/31_model.fast_spade.ipynb #31n018
 def milliseconds(
     run: Callable,  # called without arguments
     repeats: int = 3,  # the shortest time counts; one call before is not timed
@@ -139,7 +140,7 @@ def choose_fastest(
     logger.info(f'{what}: {measured}; the {fastest} path is taken')
     return fastest
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n007
+# %% ../../nbs/31_model.fast_spade.ipynb #31n019
 def run_layers(
     layers: list[FastSPADE],  # of one feature size
     level: Neighbourhoods | Tensor,  # of the label pyramid, at that size
@@ -155,7 +156,7 @@ def run_layers(
         out = layer(x, LabelPyramid((images, layer.shared.in_channels, *size), {size: level}))
         if out.requires_grad: torch.autograd.grad(out.sum(), [x, *layer.parameters()])
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n008
+# %% ../../nbs/31_model.fast_spade.ipynb #31n020
 class FastSDM(SDM):
     "The semantic diffusion model after `fast`: the same parameters, the same results."
     keep_mb = 512.  # memory for what is kept over the steps of sampling
@@ -177,12 +178,17 @@ class FastSDM(SDM):
         if isinstance(labels, Tensor): labels = self.pyramid(labels)
         shared = self.spacing is None or spacing is None
         rounds = labels.rounds if shared else 1
-        time, images = self.embed(t, spacing), len(x) // rounds
-        features = self.encode(x[:images], time[:images])
-        if rounds > 1: features = [torch.cat([f] * rounds) for f in features]
-        return self.decode(features, time, labels)
+        time, images, skips = self.embed(t, spacing), len(x) // rounds, []
+        h = x[:images]
+        for stage in self.encoder:
+            h = stage(h, time[:images])
+            skips.append(h)
+        if rounds > 1: h, skips = torch.cat([h] * rounds), [torch.cat([skip] * rounds) for skip in skips]
+        h = self.middle(h, time, labels)
+        for stage in self.decoder: h = stage(torch.cat([h, skips.pop()], dim=1), time, labels)
+        return self.out(self.out_norm(h))
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n009
+# %% ../../nbs/31_model.fast_spade.ipynb #31n021
 @patch
 def pyramid(self: FastSDM,
     labels: Tensor,  # class numbers (B, H, W) integer, or a map (B, K, H, W) float, one-hot or not
@@ -245,7 +251,7 @@ def spades(self: FastSDM) -> list[FastSPADE]:
     "The layers that see the label map, in the order in which they run."
     return [m for m in self.modules() if isinstance(m, FastSPADE)]
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n010
+# %% ../../nbs/31_model.fast_spade.ipynb #31n022
 FAST = {GroupNorm: FastGroupNorm, SPADE: FastSPADE, ResBlock: FastResBlock, Resample: FastResample,
         Attention: FastAttention, SDM: FastSDM}  # plain, fast
 
@@ -289,7 +295,7 @@ def fast(
             layer.norm.activate = False
     return model
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n011
+# %% ../../nbs/31_model.fast_spade.ipynb #31n023
 def compile_network(
     model: SDM,  # changed in place: its next call takes minutes
     **options,  # of `torch.compile`

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHUNK', 'Gather', 'gather', 'PerImage', 'PerPixel', 'normalise', 'fused_norm', 'with_time', 'FastGroupNorm']
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn002
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn012
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .sdm import GroupNorm
+from .adm import GroupNorm
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn003
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn013
 CHUNK = 512  # longest list of places that is added up in one go
 
 class Gather:
@@ -48,7 +48,7 @@ class Gather:
         sums = F.embedding_bag(self.readers, x, self.start, mode='sum').to(torch.promote_types(x.dtype, torch.float32))
         return sums if self.chunks is None else F.embedding_bag(self.chunks, sums, self.first_chunk, mode='sum')
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn004
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn014
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, reads):
@@ -65,7 +65,7 @@ def gather(
     "What every place reads of a table, differentiable."
     return _Gather.apply(table, reads)
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn005
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn015
 class PerImage:
     "Every pixel reads the row of its image, so that no index is needed."
     def gather(self, table: Tensor) -> Tensor: return table[:, None]  # (B, C) -> (B, 1, C), the same for all pixels
@@ -92,7 +92,7 @@ class PerPixel(Gather):
     def of_image(self, values: Tensor) -> Tensor: return gather(values, self.images)  # (B, C) -> (rows, C)
     def sum_rows(self, x: Tensor) -> Tensor: return self.images.scatter_add(x)  # (rows, C) -> (B, C)
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn006
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn016
 def _pixels_first(x): return x.permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1])  # (B, pixels, C), a view if channels last
 def _as_map(v, size): return v.reshape(len(v), *size, v.shape[2]).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
 
@@ -121,7 +121,7 @@ def _scale_shift(x_hat, table, reads):
     scale, shift = (half.contiguous() for half in table.chunk(2, dim=1))
     return torch.addcmul(reads.gather(shift), x_hat, reads.gather(scale))
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn007
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn017
 class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table, reads, groups, eps, activate):
@@ -146,7 +146,7 @@ class _FusedNorm(torch.autograd.Function):
         gx = torch.addcmul(torch.addcmul(constant, slope, x_hat), g, steep)
         return _as_map(gx, ctx.size), sums.to(ctx.dtype), None, None, None, None
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn008
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn018
 def fused_norm(
     x: Tensor,  # features (B, C, H, W)
     table: Tensor,  # (rows, 2C): scales, then shifts
@@ -172,7 +172,7 @@ def with_time(
     summand = F.pad(shift.flatten(1), (scale.shape[1], 0))
     return torch.addcmul(reads.of_image(summand), table, reads.of_image(factor))
 
-# %% ../../nbs/30b_model.fused_norm.ipynb #30bn009
+# %% ../../nbs/30b_model.fused_norm.ipynb #30bn019
 class FastGroupNorm(GroupNorm):
     "The norm of the encoder in one step; also that of attention, which has no time and no SiLU."
     activate = True

@@ -73,7 +73,7 @@ def dpmpp_2m(
         x = (after / sigma) * x - torch.expm1(-h) * ahead
         before, h_before = x0, h
 
-# %% ../../nbs/35_model.samplers.ipynb #35n011
+# %% ../../nbs/35_model.samplers.ipynb #35n037
 def reverse_spread(
     sigma: Tensor,  # noise level before the step, ()
     after: Tensor,  # noise level after it, above 0
@@ -103,7 +103,7 @@ def ddpm(
         if callback: callback(i, x0)
     return x
 
-# %% ../../nbs/35_model.samplers.ipynb #35n016
+# %% ../../nbs/35_model.samplers.ipynb #35n042
 SAMPLERS = {'dpmpp_2m': dpmpp_2m, 'heun': heun, 'ddim': ddim, 'ddpm': ddpm}
 
 # %% ../../nbs/35_model.samplers.ipynb #220013
@@ -121,7 +121,7 @@ class SeededNoise:
         "The next noise of every image."
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
-# %% ../../nbs/35_model.samplers.ipynb #35n019
+# %% ../../nbs/35_model.samplers.ipynb #35n045
 def clipped(
     denoise: Callable,  # denoise(x, sigma, prepared, variance)
     limits: tuple[float, float] | None,  # lowest and highest value of the estimate; None: any
@@ -140,7 +140,7 @@ def check_levels(
     if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
         raise CMRError('noise levels must fall to 0: give those of `denoise.sigmas(steps)`')
 
-# %% ../../nbs/35_model.samplers.ipynb #35n022
+# %% ../../nbs/35_model.samplers.ipynb #35n048
 def sample(
     denoise: Callable,  # has `prepare`, and is called as denoise(x, sigma, prepared): a `Denoiser`, or `Guided`
     sigmas: Tensor,  # (steps + 1,) falling, the last 0: `denoise.sigmas(steps)`

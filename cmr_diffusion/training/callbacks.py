@@ -44,20 +44,21 @@ class Objective(nn.Module):
         condition: Condition,  # of the B images
         level: Tensor,  # noise level (B,) as the recipe draws it
         noise: Tensor,  # (B, 1, S, S) standard normal
-    ) -> dict[str, Tensor]:  # 'loss' (B,), and what else the recipe tells
-        return (self.denoise if self.training else self.average).loss(x0, condition, level, noise)
+    ) -> Tensor:  # the losses (B,)
+        denoise = self.denoise if self.training else self.average
+        return denoise.loss(x0, condition, level, noise)['loss']
 
     def get_extra_state(self) -> dict: return dict(steps=self.steps)
     def set_extra_state(self, state: dict): self.steps = state['steps']
 
 # %% ../../nbs/40_training.callbacks.ipynb #40n038
 def mean_loss(
-    losses: dict[str, Tensor],  # of an `Objective`
+    losses: Tensor,  # (B,) from an `Objective`
     *targets,  # not needed: the loss is computed already
     reduction: str = 'mean',  # 'mean', or 'none': a loss per image
 ) -> Tensor:  # a number, or (B,)
     "The loss of a batch."
-    return losses['loss'].mean() if reduction == 'mean' else losses['loss']
+    return losses.mean() if reduction == 'mean' else losses
 
 def network_parameters(
     objective: Objective,
@@ -83,7 +84,7 @@ def noised_task(
     levels, noise = zip(*drawn)
     return x0, condition, torch.cat(levels).to(x0.device), torch.stack(noise).to(x0.device)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n040
+# %% ../../nbs/40_training.callbacks.ipynb #40n042
 class Noising(Callback):
     "Makes (image, condition, level, noise) of a batch (image, class numbers, spacing); the image is the target, too."
     order = 1  # after what looks at the batch as it was loaded (0), before gradient accumulation (6), which counts targets
@@ -99,7 +100,7 @@ class Noising(Callback):
         self.learn.xb = noised_task(self.model.denoise, images, condition, self.generator)
         self.learn.yb = (images,)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n045
+# %% ../../nbs/40_training.callbacks.ipynb #40n047
 class ConditionDropout(Callback):
     "Drops the whole condition of some images in training."
     order, run_valid = Noising.order + 1, False  # the condition has to be made before
@@ -133,7 +134,7 @@ class EMACallback(Callback):
         average, weights = (list(d.model.parameters()) for d in (self.model.average, self.model.denoise))
         torch._foreach_lerp_(average, weights, 1 - decay)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n054
+# %% ../../nbs/40_training.callbacks.ipynb #40n056
 class StreamPosition(Callback):
     "Keeps the loader's epoch in step with the learner's, over several calls of `fit`."
     order = TrainEvalCallback.order + 1  # before the seeds are made of it
@@ -142,7 +143,7 @@ class StreamPosition(Callback):
     def after_train(self): self.next = self.first + self.epoch + 1
     def after_fit(self): self.dls.train.epoch = self.first if hasattr(self.learn, 'lr_finder') else self.next
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n058
+# %% ../../nbs/40_training.callbacks.ipynb #40n060
 class WarmUpCosine(ParamScheduler):
     "Linear warm-up over some steps, then a cosine down to a hundredth."
     def __init__(self,
@@ -156,7 +157,7 @@ class WarmUpCosine(ParamScheduler):
         rise = min(1, (self.model.steps + 1) / max(1, self.warmup))
         self.opt.set_hyper('lr', self.scheds['lr'](pct) * rise)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n062
+# %% ../../nbs/40_training.callbacks.ipynb #40n064
 class TimeBox(Callback):
     "Ends the training part of each epoch by the clock, and lets schedules follow it."
     order, run_valid = ParamScheduler.order - 5, False  # before schedulers read `pct_train`, after the `Recorder` (50)
@@ -183,13 +184,13 @@ class ShuffledMaskLoss(Metric):
     def accumulate(self, learn: Learner):
         x0, condition, *rest = learn.xb
         wrong = replace(condition, classes=condition.classes.roll(1, 0))
-        self.total = self.total + learn.model(x0, wrong, *rest)['loss'].sum()
+        self.total = self.total + learn.model(x0, wrong, *rest).sum()
         self.count += len(x0)
 
     @property
     def value(self) -> float | None: return float(self.total) / self.count if self.count else None
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n067
+# %% ../../nbs/40_training.callbacks.ipynb #40n069
 class SigmaQuartileLoss(Metric):
     "Mean loss of the images whose noise level is in one quarter of all levels."
     def __init__(self,
@@ -202,7 +203,7 @@ class SigmaQuartileLoss(Metric):
 
     def accumulate(self, learn: Learner):
         self.levels.append(learn.xb[2])
-        self.losses.append(learn.pred['loss'])
+        self.losses.append(learn.pred)
 
     @property
     def value(self) -> float | None:
