@@ -1,7 +1,7 @@
 """Two thousand damaged files, drawn by hypothesis: none may crash the reader, hang it or take a gigabyte.
 
-What no slice can survive must become a finding; whatever passes must be sound. The reading runs in a process of its own,
-with a memory limit, so that a crash or a hang of a decoder is seen too; it prints the counts."""
+What no slice can survive must become a finding; whatever passes must be sound. The reading runs in a process of its
+own, with a memory limit, so that a crash or a hang of a decoder is seen too; it prints the counts."""
 import gzip, io, json, math, re, resource, subprocess, sys, tempfile, time, warnings
 from collections import Counter
 from pathlib import Path
@@ -248,8 +248,8 @@ def main():
             print(f'{file:24} {damage:16} {dict(results)}')
             count += results
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**20
-    used = f'slowest {slowest:.2f} s, memory +{grown:.2f} GB, {time.process_time() - start:.0f} s of one core'
-    print(f"{count.total()} damaged inputs: {count['finding']} findings, {count['harmless']} harmless; none crashed; {used}")
+    print(f"{count.total()} damaged inputs: {count['finding']} findings, {count['harmless']} harmless; none crashed;",
+          f'slowest {slowest:.2f} s, memory +{grown:.2f} GB, {time.process_time() - start:.0f} s of one core')
     assert grown < 1 and slowest < 20
 
 

@@ -17,7 +17,7 @@ from skimage.measure import find_contours
 from ..core import BACKGROUND, BadData, LEFT_VENTRICLE, MYOCARDIUM, RIGHT_VENTRICLE
 from ..output import atomic_path
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n000
+# %% ../../nbs/11_cohort.contours.ipynb #11n027
 MAX_COORDINATE, MAX_POINTS = 1e5, 5000  # pixels; no image reaches further, no reader draws finer
 
 def _malformed(message): return BadData(message, 'malformed contour')
@@ -33,7 +33,7 @@ def checked_contour(
     points,  # (n, 2) x, y
     name: str = 'contour',  # for the message
 ) -> np.ndarray:  # (n, 2) float64
-    "The contour as an array; `BadData` unless it is three or more finite points of a plausible size."
+    "Give the contour as an array; `BadData` unless it is three or more finite points of a plausible size."
     try: points = np.asarray(points, np.float64)
     except (TypeError, ValueError, OverflowError): raise _malformed(f'{name}: not numbers') from None
     if points.ndim != 2 or points.shape[1] != 2: raise _malformed(f'{name}: shape {points.shape}, expected (points, 2)')
@@ -58,12 +58,12 @@ def _odd_to_left(points, shape):
     crossed = np.bincount(row*(columns + 1) + column, minlength=rows*(columns + 1)).reshape(rows, columns + 1)
     return crossed.cumsum(1)[:, :columns] % 2 == 1
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n003
+# %% ../../nbs/11_cohort.contours.ipynb #11n030
 def inside(
     points: np.ndarray,  # (n, 2) x, y, closed
     shape: tuple[int, int],  # rows, columns
 ) -> np.ndarray:  # (rows, columns) bool
-    "Pixels whose centre lies inside the contour (even-odd), or on its line."
+    "Find the pixels whose centre lies inside the contour (even-odd), or on its line."
     mask, size = np.zeros(shape, bool), np.array(shape[::-1])
     corners = np.floor(points.min(0)), np.floor(points.max(0)) + 1
     low, high = (np.clip(corner, 0, size).astype(int) for corner in corners)
@@ -91,7 +91,7 @@ def _clipped(start, along, shape):
         enter, leave = np.maximum(enter, low), np.minimum(leave, high)
     return enter, leave
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n006
+# %% ../../nbs/11_cohort.contours.ipynb #11n033
 def _walk(along, enter, leave, step):
     "Steps along the segments, both ends included: the segment of each, and the fraction of it."
     counts = np.ceil(np.hypot(*along.T)*(leave - enter)/step).astype(int) + 2
@@ -105,14 +105,14 @@ def _distance(points, start, along):
     gap = points - start - np.clip(fraction, 0, 1)[:, None]*along
     return np.hypot(*gap.T)
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n007
+# %% ../../nbs/11_cohort.contours.ipynb #11n034
 def near_line(
     points: np.ndarray,  # (n, 2) x, y, closed
     shape: tuple[int, int],  # rows, columns
     distance: float = .125,  # pixels to each side, below 0.4
     step: float = .5,  # pixels, of the walk along the line; half a step and the distance together reach no other centre
 ) -> np.ndarray:  # (rows, columns) bool
-    "Pixels whose centre lies within `distance` of the closed line through the points."
+    "Find the pixels whose centre lies within `distance` of the closed line through the points."
     start, along = points, np.roll(points, -1, axis=0) - points
     enter, leave = _clipped(start, along, shape)
     seen = enter <= leave
@@ -132,7 +132,7 @@ def label_map(
     shape: tuple[int, int],  # rows, columns of the image; contours may leave it
     right_ventricular=None,  # (n, 2) x, y of the right-ventricular cavity, where drawn
 ) -> np.ndarray:  # (rows, columns) uint8, numbers of `STRUCTURES`
-    "Label map of the contours; both lines of the left ventricle, a quarter pixel wide, are myocardium."
+    "Draw contours as a label map; both lines of the left ventricle, a quarter pixel wide, are myocardium."
     epi = np.rint(4*checked_contour(epicardial, 'epicardial contour'))/4
     endo = np.rint(4*checked_contour(endocardial, 'endocardial contour'))/4
     labels = np.full(shape, BACKGROUND, np.uint8)
@@ -153,7 +153,7 @@ def _outline(mask):
 def contours_of(
     labels: np.ndarray,  # (rows, columns) uint8, numbers of `STRUCTURES`
 ) -> dict[str, np.ndarray]:  # name of `CONTOUR_NAMES` -> (n, 2) x, y; absent where the structure is
-    "Outlines of the structures, such that `label_map` draws them back."
+    "Trace the outlines of the structures, such that `label_map` draws them back."
     wall, cavity = labels == MYOCARDIUM, labels == LEFT_VENTRICLE
     masks = dict(epicardial=wall | cavity, endocardial=cavity, right_ventricular=labels == RIGHT_VENTRICLE)
     if not wall.any(): masks.pop('epicardial')
@@ -173,12 +173,12 @@ def _contour_text(path):
     except OSError as e: raise BadData(f'{path}: {e.strerror}') from None
     except UnicodeDecodeError: raise _malformed(f'{path}: not a text file') from None
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n017
+# %% ../../nbs/11_cohort.contours.ipynb #11n044
 def read_text_contour(
     path: Path | str,  # one pair 'x y' per line
     name: str = 'contour',  # for the message
 ) -> np.ndarray:  # (n, 2) x, y
-    "A contour from a text file; `BadData` names the file."
+    "Read a contour from a text file; `BadData` names the file."
     rows = [line.split() for line in _contour_text(path).splitlines() if line.strip()]
     try:
         if any(len(row) != 2 for row in rows): raise _malformed(f'{name}: a line that is not one x and one y')
@@ -201,7 +201,7 @@ def write_contours(
     with atomic_path(path) as p: p.write_text(json.dumps(lists))
     return Path(path)
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n018
+# %% ../../nbs/11_cohort.contours.ipynb #11n045
 def _flat(values):
     "Coordinates from a list, or from a list that holds one list."
     while isinstance(values, list) and len(values) == 1 and isinstance(values[0], list): values = values[0]
@@ -216,11 +216,11 @@ def _named_contour(lists, name):
     spoken = name.replace('_', '-')
     return checked_contour(list(zip(x, y)), f'{spoken} contour') if x else None
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n019
+# %% ../../nbs/11_cohort.contours.ipynb #11n046
 def read_contours(
     path: Path | str,  # Contours.json
 ) -> dict[str, np.ndarray]:  # name -> (n, 2) x, y, as of `contours_of`; all that the file names
-    "Contours of a Semmelweis JSON file; `BadData` names the file and what is malformed."
+    "Read the contours of a Semmelweis JSON file; `BadData` names the file and what is malformed."
     try: lists = json.loads(_contour_text(path))
     except (ValueError, RecursionError): raise _malformed(f'{path}: not JSON') from None
     try:
@@ -238,7 +238,7 @@ def _side(p, q, r):
 def crossings(
     points: np.ndarray,  # (n, 2) x, y, closed
 ) -> int:
-    "How many pairs of edges of a closed contour cross each other."
+    "Count the pairs of edges of a closed contour that cross each other."
     a = points[(points != np.roll(points, -1, axis=0)).any(1)]
     b = np.roll(a, -1, axis=0)
     count = 0
@@ -249,7 +249,7 @@ def crossings(
         count += int(apart.sum())
     return count//2
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n025
+# %% ../../nbs/11_cohort.contours.ipynb #11n052
 def _check_outline(name, points, shape, pixels):
     "Raise `BadData` where a contour leaves the image, or crosses itself so that the `pixels` inside are not its area."
     beyond = np.maximum(-.5 - points, points - (np.array(shape[::-1]) - .5)).max()
@@ -267,7 +267,7 @@ def _check_nested(within, epicardial, shape):
         message = f'{share:.0%} of the endocardial contour lies outside the epicardial one'
         raise BadData(message, 'endocardium not inside epicardium')
 
-# %% ../../nbs/11_cohort.contours.ipynb #11n026
+# %% ../../nbs/11_cohort.contours.ipynb #11n053
 def check_contours(
     contours: dict[str, np.ndarray],  # name -> (n, 2) x, y, as of `read_contours`
     shape: tuple[int, int],  # rows, columns of the image

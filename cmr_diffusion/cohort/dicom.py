@@ -29,12 +29,12 @@ def _number(dataset, keyword, default):
     if not math.isfinite(value): raise BadData(f'{keyword} is {value}')
     return value
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n046
+# %% ../../nbs/10_cohort.dicom.ipynb #10n004
 def tag_text(
     dataset: Dataset,  # tags of a file
     keyword: str,  # of a tag, such as 'Modality'
 ) -> str:  # '' where the tag is absent or damaged
-    "A tag as text."
+    "Give a tag as text."
     try:
         with pydicom.config.disable_value_validation(): return str(dataset.get(keyword, '') or '').strip()
     except Exception: return ''
@@ -51,7 +51,7 @@ def _pixel_bytes(dataset):
     if 'SOPClassUID' not in dataset and 'Rows' not in dataset: raise BadData('not a DICOM file')
     raise BadData('no pixel data', 'no pixel data')
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n049
+# %% ../../nbs/10_cohort.dicom.ipynb #10n007
 def _matrix(dataset):
     "Rows and columns of the header; `BadData` unless it announces one greyscale frame of a possible size."
     rows, columns = (int(_number(dataset, keyword, 0)) for keyword in ('Rows', 'Columns'))
@@ -79,7 +79,7 @@ def _coded_size(data):
         place += 1 if data[place + 1] == 0xFF else 2 + number(place + 2, 2)
     return None
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n053
+# %% ../../nbs/10_cohort.dicom.ipynb #10n011
 def _check_stream(data, rows, columns, syntax):
     "Raise `BadData` where a compressed stream states another size than the header."
     size = None if syntax == RLELossless else _coded_size(data)
@@ -92,7 +92,7 @@ def _bits_allocated(dataset):
     if 'DoubleFloatPixelData' in dataset: return 64
     return int(_number(dataset, 'BitsAllocated', 16))
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n054
+# %% ../../nbs/10_cohort.dicom.ipynb #10n012
 def _check_decodable(dataset):
     "Raise `BadData` unless the dataset holds one monochrome frame whose size agrees with its pixel data."
     data = _pixel_bytes(dataset)
@@ -123,11 +123,11 @@ def _opened(path):
     _check_decodable(dataset)
     return dataset
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n056
+# %% ../../nbs/10_cohort.dicom.ipynb #10n014
 def dicom_dataset(
     path: Path | str,  # a DICOM file
 ) -> Dataset:  # with its pixel data still encoded
-    "The tags of a file; `BadData` where it cannot be read or holds no single greyscale image."
+    "Open a file and give its tags; `BadData` where it cannot be read or holds no single greyscale image."
     path = Path(path)
     try:
         with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def _complete(dataset, repairs):
             setattr(dataset, keyword, default)
             repairs.append(f'missing tag: {keyword} taken as {default}')
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n059
+# %% ../../nbs/10_cohort.dicom.ipynb #10n017
 def _stray_bits(dataset, pixels):
     "How many stored numbers have bits above BitsStored that the decoder cleared."
     syntax = dataset.file_meta.TransferSyntaxUID
@@ -161,7 +161,7 @@ def _stray_bits(dataset, pixels):
     raw = np.frombuffer(dataset.PixelData, f'{order}{pixels.dtype.kind}{dataset.BitsAllocated//8}', pixels.size)
     return int((raw.reshape(pixels.shape) != pixels).sum())
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n060
+# %% ../../nbs/10_cohort.dicom.ipynb #10n018
 _PLUGINS = {  # what to install for a compression; anything else needs python-gdcm
     'JPEGLSLossless': 'pyjpegls', 'JPEGLSNearLossless': 'pyjpegls',
     'JPEG2000Lossless': 'pylibjpeg pylibjpeg-openjpeg', 'JPEG2000': 'pylibjpeg pylibjpeg-openjpeg'}
@@ -176,7 +176,7 @@ def _pixel_array(dataset):
         message = f'compressed as {syntax.name}, for which a plugin is missing: pip install {plugin}'
         raise BadData(message, 'missing plugin') from None
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n061
+# %% ../../nbs/10_cohort.dicom.ipynb #10n019
 def _decode(dataset, repairs):
     "Stored numbers (rows, columns), as the file has them."
     _complete(dataset, repairs)
@@ -187,7 +187,7 @@ def _decode(dataset, repairs):
         repairs.append(f'stray bits: cleared above BitsStored={dataset.BitsStored} in {n} pixels')
     return pixels
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n065
+# %% ../../nbs/10_cohort.dicom.ipynb #10n023
 def _rescale(dataset):
     "Slope and intercept of the file, 1 and 0 where it states none."
     slope, intercept = _number(dataset, 'RescaleSlope', 1.), _number(dataset, 'RescaleIntercept', 0.)
@@ -200,7 +200,7 @@ def _unit_scale(dataset, image_type, scale):
     if scale is not None: return scale
     return 1. if image_type is None else type_named(image_type).scale
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n066
+# %% ../../nbs/10_cohort.dicom.ipynb #10n024
 def _values(dataset, image_type, scale, repairs):
     "Pixels (rows, columns) float32 in the unit of the type."
     slope, intercept = _rescale(dataset)
@@ -210,7 +210,7 @@ def _values(dataset, image_type, scale, repairs):
     if not np.isfinite(values).all(): raise BadData('pixels that are not finite')
     return (values*_unit_scale(dataset, image_type, scale)).astype(np.float32)
 
-# %% ../../nbs/10_cohort.dicom.ipynb #10n070
+# %% ../../nbs/10_cohort.dicom.ipynb #10n028
 def _spacing(dataset, repairs):
     "Row and column spacing in mm, `(nan, nan)` where no tag states both."
     for keyword in ('PixelSpacing', 'ImagerPixelSpacing'):
@@ -228,7 +228,7 @@ def read_dicom(
     scale: float | None = None,  # value -> unit, instead of the type's, where the file does not name its unit
     repairs: list | None = None,  # takes what had to be repaired, as '<kind>: <what was done>'
 ) -> tuple[np.ndarray, tuple[float, float], Dataset]:  # pixels (rows, columns), spacing (row, column) in mm, tags
-    "Pixels in the unit of the type, spacing (nan where unknown) and tags of a file; any failure is one `BadData` line."
+    "Read pixels in the unit of the type, spacing (nan where unknown) and tags; any failure is one `BadData` line."
     dataset = dicom_dataset(path)
     repairs = [] if repairs is None else repairs
     try:

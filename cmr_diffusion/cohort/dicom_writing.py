@@ -21,7 +21,7 @@ from ..output import atomic_path
 def rescale(
     image_type: str,  # its name
 ) -> tuple[float, str]:  # slope, RescaleType
-    "In what steps, and in which unit, images of a type are written."
+    "Say in what steps, and in which unit, images of a type are written."
     t = type_named(image_type)
     if not t.quantitative: return 1/4096, 'RMAX'
     return next((slope for slope in (.01, .02, .05, .1, .2, .5) if slope*65535 >= 1.2*t.maximum), 1.), t.unit
@@ -37,7 +37,7 @@ def _stored(cmr_slice, slope, unit):
     steps = np.nan_to_num(np.asarray(values, np.float64)/slope, nan=0., posinf=65535., neginf=0.)
     return np.clip(np.rint(steps), 0, 65535).astype('<u2')
 
-# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn015
+# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn002
 def _set_identifiers(ds, cmr_slice, description, patient_id, seed):
     "Study, series and instance, made from names, seed and pixels."
     digest = hashlib.blake2b(cmr_slice.pixels.tobytes(), digest_size=16).hexdigest()
@@ -48,7 +48,7 @@ def _set_identifiers(ds, cmr_slice, description, patient_id, seed):
     ds.FrameOfReferenceUID = generate_uid(entropy_srcs=[*study, 'frame of reference'])
     ds.SOPInstanceUID = generate_uid(entropy_srcs=[*study, description, cmr_slice.type, cmr_slice.name, digest])
 
-# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn017
+# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn004
 _REQUIRED_BUT_EMPTY = (
     'StudyDate', 'StudyTime', 'AccessionNumber', 'ReferringPhysicianName', 'StudyID', 'PatientBirthDate', 'PatientSex',
     'Manufacturer', 'ScanOptions', 'MRAcquisitionType', 'EchoTime', 'EchoTrainLength', 'RepetitionTime',
@@ -62,7 +62,7 @@ def _patient(patient, patient_id, patient_name, synthetic):
     if synthetic and not patient_name.startswith('SYNTHETIC'): patient_name = f'SYNTHETIC^{patient_name}'
     return patient_id[:64], patient_name[:64]
 
-# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn018
+# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn005
 def _set_description(ds, synthetic, description, patient_id, patient_name):
     "What the file says of its patient and of its making."
     ds.ImageType = ['DERIVED', 'SECONDARY']
@@ -88,7 +88,7 @@ def _set_meaning(ds, stored, slope, unit):
     ds.WindowCenter = DSfloat(round(top/2, 4), auto_format=True)
     ds.WindowWidth = DSfloat(round(top, 4), auto_format=True)
 
-# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn020
+# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn007
 def _set_geometry(ds, spacing, instance):
     "Spacing where it is known, and a position within the series."
     if all(math.isfinite(v) and v > 0 for v in spacing):
@@ -104,7 +104,7 @@ def _file_meta():
     meta.ImplementationVersionName = 'CMR_DIFFUSION'
     return meta
 
-# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn022
+# %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn009
 def write_dicom(
     path: Path | str,  # file to write, whole or not at all
     cmr_slice: Slice,  # pixels in the unit of its type; qualitative types need `robust_max`

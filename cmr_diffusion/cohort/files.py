@@ -31,7 +31,7 @@ def _volume_shape(volume):
     if math.prod(shape) > MAX_VOXELS: raise BadData(f'header claims {shape} voxels')
     return shape + (1,)*(3 - len(shape))
 
-# %% ../../nbs/12_cohort.files.ipynb #12n046
+# %% ../../nbs/12_cohort.files.ipynb #12n005
 def _voxel_size(volume):
     "Size of a voxel along x and y in mm, by the header."
     return [round(float(size), 6) for size in volume.header.get_zooms()[:2]]
@@ -43,11 +43,11 @@ def _volume(path, stamp):
     shape = _volume_shape(volume)
     return np.asanyarray(volume.dataobj).reshape(shape), _voxel_size(volume)
 
-# %% ../../nbs/12_cohort.files.ipynb #12n047
+# %% ../../nbs/12_cohort.files.ipynb #12n006
 def read_volume(
     path: Path | str,  # a NIfTI file
 ) -> tuple[np.ndarray, list[float]]:  # voxels (x, y, z), not to be written to; voxel size along x and y in mm
-    "A whole volume, from memory where it was read just before; any failure is one `BadData` line."
+    "Read a whole volume, from memory where it was read just before; any failure is one `BadData` line."
     try:
         stat = Path(path).stat()
         if stat.st_size == 0: raise BadData('empty file', 'truncated')
@@ -58,15 +58,15 @@ def read_volume(
         raise BadData(f'{path}: truncated or damaged ({one_line(e)})', 'truncated') from None
     except Exception as e: raise BadData(f'{path}: unreadable as NIfTI ({one_line(e)})') from None
 
-# %% ../../nbs/12_cohort.files.ipynb #12n050
+# %% ../../nbs/12_cohort.files.ipynb #12n009
 def slices_of(
     path: Path,  # a NIfTI file
 ) -> int:
-    "Number of slices that a volume's header claims; 1 where it cannot be read (its one row then says why)."
+    "Count the slices that a volume's header claims; 1 where it cannot be read (its one row then says why)."
     try: return min(max(nibabel.load(path).shape[2], 1), 1000)
     except Exception: return 1
 
-# %% ../../nbs/12_cohort.files.ipynb #12n053
+# %% ../../nbs/12_cohort.files.ipynb #12n012
 def _plane(path, index):
     "One slice of a volume as (rows, columns), and its spacing."
     voxels, size = read_volume(path)
@@ -97,7 +97,7 @@ def _picture(path):
     if (colours != colours[..., :1]).any(): raise BadData(f'{path}: colour image', 'colour')
     return colours[..., 0]
 
-# %% ../../nbs/12_cohort.files.ipynb #12n055
+# %% ../../nbs/12_cohort.files.ipynb #12n014
 def _array(path, index):
     "Numbers of a `.npy` file: (rows, columns), or one of (slices, rows, columns)."
     try: array = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -115,7 +115,7 @@ _PICTURES = ('.png', '.bmp', '.tif', '.tiff', '.jpg', '.jpeg', '.gif')
 def is_nifti(
     path: Path | str,  # a file, which need not be there
 ) -> bool:
-    "Whether a file is a NIfTI volume, by its name."
+    "Say whether a file is a NIfTI volume, by its name."
     return str(path).lower().endswith(('.nii', '.nii.gz'))
 
 def _numbers(path, index):
@@ -124,7 +124,7 @@ def _numbers(path, index):
     numbers = _array(path, index) if Path(path).suffix.lower() == '.npy' else _picture(path)
     return numbers, (math.nan, math.nan)
 
-# %% ../../nbs/12_cohort.files.ipynb #12n058
+# %% ../../nbs/12_cohort.files.ipynb #12n017
 def _row_scale(row):
     "The row's own scale; None where the image type's applies."
     scale = row.get('scale', math.nan)
@@ -148,15 +148,15 @@ def _dicom_image(row):
     facts = dict(synthetic=tag_text(tags, 'SyntheticData') == 'YES', relative=tag_text(tags, 'RescaleType') == 'RMAX')
     return pixels, spacing, {**facts, 'uid': tag_text(tags, 'SOPInstanceUID'), 'repairs': repairs}
 
-# %% ../../nbs/12_cohort.files.ipynb #12n059
+# %% ../../nbs/12_cohort.files.ipynb #12n018
 def _mm(spacing):
     "Spacing as plain floats; nan where it is no length."
     return tuple(float(v) if math.isfinite(v) and v > 0 else math.nan for v in spacing)
 
 def read_image(
     row,  # a table row or dict with `image`, `image_index`, `type`, `row_spacing`, `column_spacing`, perhaps `scale`
-) -> tuple[np.ndarray, tuple[float, float], dict]:  # pixels (rows, columns), spacing in mm, facts
-    "Pixels in their unit, spacing (the row's where the file has none) and `synthetic`, `relative`, `uid`, `repairs`."
+) -> tuple[np.ndarray, tuple[float, float], dict]:  # pixels in their unit, spacing in mm, facts
+    "Read pixels, spacing (the row's where the file has none) and `synthetic`, `relative`, `uid`, `repairs`."
     path = row['image']
     plain = is_nifti(path) or Path(path).suffix.lower() in ('.npy', *_PICTURES)
     pixels, spacing, facts = _plain_image(row) if plain else _dicom_image(row)
@@ -175,7 +175,7 @@ def _translated_pair(pair):
 def label_values(
     text: str,  # '1:right_ventricle,2:myocardium,3:2': file number to structure, by name or number
 ) -> str:  # '1:3,2:1,3:2'
-    "A mapping of label numbers in the form of the table's column; `CMRError` for what is no structure."
+    "Bring a mapping of label numbers into the form of the table; `CMRError` for what is no structure."
     pairs = (pair.strip() for pair in str(text).split(','))
     return ','.join(_translated_pair(pair) for pair in pairs if pair)
 
@@ -193,7 +193,7 @@ def _whole(labels):
     if not (whole == labels).all(): raise BadData('label numbers that are not whole', 'unknown label')
     return whole
 
-# %% ../../nbs/12_cohort.files.ipynb #12n065
+# %% ../../nbs/12_cohort.files.ipynb #12n024
 def _translated(labels, values):
     "Label numbers of a file as ours; `values` as in the column `label_values`."
     numbers, whole = _numbers_to_structures(values), _whole(labels)
@@ -223,12 +223,12 @@ def _text_contours(path):
 def row_contours(
     row,  # a table row or dict with `label`
 ) -> dict[str, np.ndarray]:  # name -> (n, 2) x, y, as of `contours_of`; empty where the label is an image or volume
-    "The contours that a row names, well-formed but not checked to be a heart."
+    "Read the contours that a row names, well-formed but not checked to be a heart."
     path = str(row['label'])
     if path.lower().endswith('.json'): return read_contours(path)
     return _text_contours(path) if path.lower().endswith('.txt') else {}
 
-# %% ../../nbs/12_cohort.files.ipynb #12n069
+# %% ../../nbs/12_cohort.files.ipynb #12n028
 def _drawn(contours, shape):
     "Label map of the contours of a file, once they are found to be a left ventricle."
     check_contours(contours, shape)
@@ -242,12 +242,12 @@ def _label_image(row, shape):
         raise BadData(message, 'label and image of different shape')
     return _translated(labels, row['label_values'])
 
-# %% ../../nbs/12_cohort.files.ipynb #12n070
+# %% ../../nbs/12_cohort.files.ipynb #12n029
 def read_labels(
     row,  # a table row or dict with `label`, `label_index`, `label_values`
     shape: tuple[int, int],  # rows, columns of the image
 ) -> np.ndarray | None:  # (rows, columns) uint8, numbers of `STRUCTURES`; None where the row names no file
-    "The label map of a row; `BadData` names the file and what is wrong."
+    "Read the label map of a row; `BadData` names the file and what is wrong."
     path, shape = str(row['label']), tuple(shape)
     if not path: return None
     try:
@@ -256,22 +256,22 @@ def read_labels(
     except BadData as e: raise e.of(path) from None
     except Exception as e: raise BadData(f'{path}: label map cannot be read ({one_line(e)})') from None
 
-# %% ../../nbs/12_cohort.files.ipynb #12n073
+# %% ../../nbs/12_cohort.files.ipynb #12n032
 def load_slice(
     row,  # a row of a cohort table (Series or dict)
 ) -> Slice:
-    "Pixels in their unit, spacing and label map (None where the row names none); any failure is one `CMRError` line."
+    "Read a row: pixels in their unit, spacing, label map (or None); any failure is one `CMRError` line."
     pixels, spacing, _ = read_image(row)
     labels = read_labels(row, pixels.shape)
     return Slice(pixels, spacing, row['type'], labels=labels, patient=row['patient'], name=row['slice'],
                  robust_max=float(row['robust_max']))
 
-# %% ../../nbs/12_cohort.files.ipynb #12n076
+# %% ../../nbs/12_cohort.files.ipynb #12n035
 def subfolders(
     root: Path,  # a folder
     depth: int,  # levels below it
 ) -> list[Path]:
-    "Folders up to `depth` levels below the root, itself first; hidden ones are left out."
+    "List the folders up to `depth` levels below the root, itself first; hidden ones are left out."
     levels = [[root] if root.is_dir() else []]
     for _ in range(depth):
         children = (child for parent in levels[-1] for child in sorted(parent.iterdir()))

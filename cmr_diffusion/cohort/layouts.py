@@ -69,6 +69,7 @@ def _stated(pixels, spacing, facts):
     if facts['relative']: known['robust_max'] = 1.
     return known | dict(_digest=hashlib.blake2b(pixels, digest_size=16).hexdigest())
 
+# %% ../../nbs/13_cohort.layouts.ipynb #130n045
 def _reason(error, row):
     "An error as '<kind>: <message>', without the path, which the row has."
     message = str(error).removeprefix(row['image'] + ': ').removeprefix(row['label'] + ': ')
@@ -101,6 +102,7 @@ def _share_robust_max(rows, pixels):
         if row['robust_max'] > 0: continue
         row['reason'] = row['reason'] or f'no signal: 99.5th percentile of the volume is {robust:g}'
 
+# %% ../../nbs/13_cohort.layouts.ipynb #130n047
 def examine_volume(
     rows: list[dict],  # of one volume, as a layout yields them; they are not changed
 ) -> list[dict]:  # the same with what their files say, `reason`, and the robust maximum
@@ -198,6 +200,7 @@ def read_csv(
     if missing := sorted(set(columns) - set(table.columns)): raise CMRError(f"{path}: no column {', '.join(missing)}")
     return table
 
+# %% ../../nbs/13_cohort.layouts.ipynb #130n046
 def write_csv(
     table: pd.DataFrame,  # with an index that does not matter
     path: Path | str,  # of the CSV file

@@ -34,6 +34,7 @@ KINDS = dict(  # severity -> kinds, the gravest first
         'not in the split', 'stray bits', 'missing tag'),
     info=('no label', 'empty label', 'excluded', 'superseded', 'missing meta header'))
 
+# %% ../../nbs/17_cohort.quality.ipynb #17n031
 SEVERITY = {kind: severity for severity, kinds in KINDS.items() for kind in kinds}
 _RANK = {severity: rank for rank, severity in enumerate(KINDS)}
 
@@ -62,6 +63,7 @@ def notice(
         return function
     return register
 
+# %% ../../nbs/17_cohort.quality.ipynb #17n026
 @notice('missing spacing')
 def _missing_spacing(row):
     "Spacing that no file states."
@@ -100,6 +102,7 @@ def _two_splits(table):
         kind = 'patient in two splits'
         yield dict(zip(FINDING, ('', patient, kind, _severity(kind), ' and '.join(sorted(splits)), 'kept')))
 
+# %% ../../nbs/17_cohort.quality.ipynb #17n027
 def _subfolders(folder): return [f for f in sorted(folder.iterdir()) if f.is_dir()]
 
 def _unexpected(table, root):
@@ -152,6 +155,7 @@ def _draw_contours(picture, contours, zoom):
         closed = (np.vstack([points, points[:1]]) + .5)*zoom
         ImageDraw.Draw(picture).line([tuple(p) for p in closed.tolist()], fill=COLOURS[_LINES[name]])
 
+# %% ../../nbs/17_cohort.quality.ipynb #17n028
 def _tinted(picture, labels):
     "A picture with the structures of a label map in their colours."
     colours = np.uint8([(0, 0, 0), *(ImageColor.getrgb(COLOURS[name]) for name in _LINES.values())])[labels]
@@ -183,6 +187,7 @@ def _picture_tag(row):
     picture.save(drawn, format='png')
     return _img(drawn.getvalue())
 
+# %% ../../nbs/17_cohort.quality.ipynb #17n029
 def _figures(table, slices=12):
     "The figures of the exploration notebook about the usable slices, as <img>; values from so many slices per type."
     good = table[table.usable]
@@ -207,6 +212,7 @@ def _html_table(frame, pictures=None):
         rows.append(f'<tr class="{row["severity"]}">{_cells(row.values(), "td")}{last}</tr>')
     return f'<table><tr>{head}</tr>{"".join(rows)}</table>'
 
+# %% ../../nbs/17_cohort.quality.ipynb #17n030
 def _page(found, table, pictures):
     "The HTML page of findings about a table; one picture per finding."
     title = f'{len(found)} findings about {len(table)} slices, {int(table.usable.sum())} usable'

@@ -63,6 +63,7 @@ def _write_slices(folder, slices, synthetic, seed):
         _write_slice(folder/s.patient, s, synthetic, seed, counts[key[:2]])
     return counts
 
+# %% ../../nbs/15_cohort.semmelweis.ipynb #15n037
 def _write_notes(root, counts, synthetic, splits):
     "Write the split of the patients, and what the folder is."
     if splits is not None:
@@ -161,12 +162,19 @@ def published_semmelweis() -> dict:
     superseded = older['batch'], _number_set(older['patients'])
     return dict(split=split, unusable={*facts['unusable_maps'], *facts['unusable_series']}, superseded=superseded)
 
+# %% ../../nbs/15_cohort.semmelweis.ipynb #15n038
 def patient_number(
     patient: str,  # name of a patient's folder, as 'Patient (17)'
 ) -> int | None:  # None where the name holds no number, or several
     "The number in a patient's folder name."
     match = re.fullmatch(r'\D*?(\d+)\D*', patient)
     return int(match[1]) if match else None
+
+def _is_superseded(root, parts):
+    "Whether a path, given by its parts below the root, belongs to the part of the data that a newer batch replaced."
+    batch, numbers = published_semmelweis()['superseded']
+    in_batch = batch in (root.name, parts[0])
+    return in_batch and any(patient_number(p) in numbers for p in parts[:2] if 'patient' in p.lower())
 
 # %% ../../nbs/15_cohort.semmelweis.ipynb #15n015
 def _read_list(path):
@@ -188,12 +196,6 @@ def _unusable(root, exclude):
 
 # %% ../../nbs/15_cohort.semmelweis.ipynb #15n017
 def _comparable(path): return '/'.join(_plain(part) for part in Path(path).parts)
-
-def _is_superseded(root, parts):
-    "Whether a path, given by its parts below the root, belongs to the part of the data that a newer batch replaced."
-    batch, numbers = published_semmelweis()['superseded']
-    in_batch = batch in (root.name, parts[0])
-    return in_batch and any(patient_number(p) in numbers for p in parts[:2] if 'patient' in p.lower())
 
 def _exclusion(root, exclude):
     "A function from a file or folder to the reason why it is left out, '' where it is not."

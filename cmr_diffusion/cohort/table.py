@@ -95,6 +95,7 @@ def _split_of(table, root, split, fractions, seed):
     if (Path(root)/'splits.csv').is_file(): return read_split(Path(root)/'splits.csv')
     return split_patients(table.patient, fractions, seed)
 
+# %% ../../nbs/16_cohort.table.ipynb #16n024
 def _with_split(table, split):
     "The table with the split of its patients; a patient in none or in two of them is not used."
     table['split'] = table.patient.map(split).fillna('').astype(str)

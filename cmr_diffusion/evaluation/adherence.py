@@ -17,7 +17,7 @@ from ..core import CMRError, GridSlices
 from .overlap import dice_table, first_split, Part
 from .segmentation import segment, Segmenter
 
-# %% ../../nbs/63_evaluation.adherence.ipynb #63n000
+# %% ../../nbs/63_evaluation.adherence.ipynb #63n013
 def _groups(
     label_maps: np.ndarray,  # (N, S, S)
     patients: pd.Series,  # (N,) names
@@ -43,6 +43,7 @@ def _partners(groups, rng):
         if len(others): partner[i] = rng.choice(others)
     return partner
 
+# %% ../../nbs/63_evaluation.adherence.ipynb #63n017
 def derangement(
     slices: GridSlices,  # N slices; their rows have patient and type
     seed: int = 0,  # another seed, another derangement
@@ -75,7 +76,7 @@ def adherence_table(
     table = pd.concat([t.assign(images=name) for name, t in parts.items()], ignore_index=True)
     return table[['images', *parts['synthetic'].columns]]
 
-# %% ../../nbs/63_evaluation.adherence.ipynb #63n012
+# %% ../../nbs/63_evaluation.adherence.ipynb #63n029
 def adherence(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask

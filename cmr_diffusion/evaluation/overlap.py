@@ -35,7 +35,7 @@ def _ratio(counts):  # columns both, predicted, true
     "Dice from counts of pixels; nan where a structure is in neither map."
     with np.errstate(invalid='ignore'): return 2 * counts.both / (counts.predicted + counts.true)
 
-# %% ../../nbs/60_evaluation.overlap.ipynb #60n000
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n018
 def dice(
     predicted: np.ndarray,  # (N, S, S) or (S, S) label maps
     true: np.ndarray,  # the same shape; `PADDING` is left out
@@ -45,7 +45,7 @@ def dice(
     if np.ndim(predicted) == 2: predicted, true = np.asarray(predicted)[None], np.asarray(true)[None]
     return float(_ratio(_counts(predicted, true, structure).sum()))
 
-# %% ../../nbs/60_evaluation.overlap.ipynb #60n008
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n026
 def structures_of(
     rows: pd.DataFrame,  # column structures: names, separated by commas
 ) -> list[int]:  # numbers in `STRUCTURES`, background left out
@@ -64,6 +64,7 @@ def _three_readings(
     return dict(dice=by_volume.mean(), sd=by_volume.std(), dice_slice=by_slice.mean(),
                 dice_pooled=float(_ratio(counts.sum())), volumes=len(by_volume), slices=len(by_slice))
 
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n030
 def dice_table(
     predicted: np.ndarray,  # (N, S, S) uint8, numbers of `STRUCTURES`
     true: GridSlices,  # N slices; their rows have type, volume and structures
@@ -78,7 +79,7 @@ def dice_table(
             table.append(dict(type=image_type, structure=STRUCTURES[structure], **readings))
     return pd.DataFrame(table)
 
-# %% ../../nbs/60_evaluation.overlap.ipynb #60n013
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n034
 DICE_COLOURS = {'synthetic': '#0072B2', 'real': '#009E73', 'shuffled': '#999999', 'mean grey': '#999999'}
 
 def row_names(
@@ -87,6 +88,7 @@ def row_names(
     "Type and structure of each row of a table, as a figure shows them."
     return [f'{image_type} {s.replace("_", " ")}' for image_type, s in zip(table.type, table.structure)]
 
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n036
 def dice_chart(
     table: pd.DataFrame,  # type, structure, dice, sd and `by`
     by: str,  # the column that says which images: 'images' or 'trained_on'
@@ -144,14 +146,14 @@ def check_leak(
                        'into masks of held-out patients of this cache: the cohort was painted under another split; '
                        'paint it anew with cmr_sample --split train from this cache')
 
-# %% ../../nbs/60_evaluation.overlap.ipynb #60n047
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n059
 @dataclass(frozen=True)
 class Part:
     "What one part of the evaluation found."
     table: pd.DataFrame | None  # None: the part could not be computed
     note: str  # what was compared, or why the table is missing
 
-# %% ../../nbs/60_evaluation.overlap.ipynb #60n050
+# %% ../../nbs/60_evaluation.overlap.ipynb #60n062
 def first_split(
     slices: GridSlices,  # column split
     splits: tuple[str, ...],  # the one to take first stands first

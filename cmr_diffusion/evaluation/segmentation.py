@@ -48,7 +48,7 @@ class SegConfig:
 
 QUICK = SegConfig(steps=150)  # for the demo: a quarter of the training
 
-# %% ../../nbs/61_evaluation.segmentation.ipynb #61n019
+# %% ../../nbs/61_evaluation.segmentation.ipynb #61n000
 def _uniform(x, amount, generator):
     "One random number between -amount and amount for each image of a batch, as (B,)."
     return ((torch.rand(len(x), generator=generator) * 2 - 1) * amount).to(x.device)
@@ -82,7 +82,7 @@ def augment(
     y = F.grid_sample(y[:, None].float(), grid, mode='nearest', **options)[:, 0].long()
     return _random_light(x, config, generator), y
 
-# %% ../../nbs/61_evaluation.segmentation.ipynb #61n023
+# %% ../../nbs/61_evaluation.segmentation.ipynb #61n005
 def _unet(config, n_classes):
     "The U-Net of a configuration, with pretrained weights in its encoder where it names a file."
     weights = dict(encoder_weights=None)
@@ -117,7 +117,7 @@ class Segmenter(nn.Module):
             scores = self.net(x.contiguous(memory_format=torch.channels_last))
         return scores.float()[..., :height, :width]
 
-# %% ../../nbs/61_evaluation.segmentation.ipynb #61n026
+# %% ../../nbs/61_evaluation.segmentation.ipynb #61n008
 class SegLoss(nn.Module):
     "Cross-entropy plus soft Dice loss, without padding."
     def __init__(self):
@@ -208,7 +208,7 @@ def load_segmentation(
     model.load_state_dict(load_file(path))
     return model.eval().to(choose_device(device))
 
-# %% ../../nbs/61_evaluation.segmentation.ipynb #61n035
+# %% ../../nbs/61_evaluation.segmentation.ipynb #61n018
 def _file_name(slices, config):
     "A name that changes with the images, the label maps, the structures and the configuration."
     about = np.shape(slices.images), structures_of(slices.rows), asdict(config)

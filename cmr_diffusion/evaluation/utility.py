@@ -29,7 +29,7 @@ def mean_grey(
         images[at, 0] = x
     return replace(slices, images=images)
 
-# %% ../../nbs/64_evaluation.utility.ipynb #64n018
+# %% ../../nbs/64_evaluation.utility.ipynb #64n002
 def training_sets(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask
@@ -65,7 +65,7 @@ def utility_table(
     table = pd.concat(parts, ignore_index=True)
     return table[['trained_on', 'train_slices', *table.columns[:-2]]]
 
-# %% ../../nbs/64_evaluation.utility.ipynb #64n027
+# %% ../../nbs/64_evaluation.utility.ipynb #64n011
 def utility(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask

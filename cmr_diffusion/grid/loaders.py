@@ -19,7 +19,8 @@ from torch import Tensor
 from ..cohort.files import load_slice
 from ..core import CMRError, GridSlices, PADDING, choose_device, stable_seed
 from ..figures import image_grid
-from .cache import CohortCache, load_slices
+from ..cohort.slices import load_slices
+from .cache import CohortCache
 from .condition import Condition, ConditionSpec
 from .geometry import Geometry, GridSlice, place
 from .values import ValueTransform

@@ -6,7 +6,7 @@
 __all__ = ['TrackingCallback', 'begin', 'log_training', 'log', 'sample_figure', 'SampleGrid', 'keep_checkpoint',
            'CheckpointCallback', 'ProgressBar']
 
-# %% ../../nbs/40a_training.checks.ipynb #40an002
+# %% ../../nbs/40a_training.checks.ipynb #40an023
 import tempfile, time
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..tracking import CHECKPOINT, log_figure, log_folder, log_metrics, open_run
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
 
-# %% ../../nbs/40a_training.checks.ipynb #40an007
+# %% ../../nbs/40a_training.checks.ipynb #40an028
 class TrackingCallback(Callback):
     "Logs losses, learning rate and speed into the open MLflow run."
     order, run_valid, remove_on_fetch = Recorder.order + 1, False, True  # the recorder has noted the losses before
@@ -48,7 +48,7 @@ class TrackingCallback(Callback):
         values = zip(names, self.recorder.log[2:])
         self.log({f'valid/{name}': v for name, v in values if isinstance(v, float) and np.isfinite(v)})
 
-# %% ../../nbs/40a_training.checks.ipynb #40an008
+# %% ../../nbs/40a_training.checks.ipynb #40an029
 def begin(self: TrackingCallback):
     "Starts to gather losses, and the stop watch."
     self.recent, self.images_before, self.started = [], self.images, time.monotonic()
@@ -68,7 +68,7 @@ def log(self: TrackingCallback, values: dict):
 
 for method in (begin, log_training, log): setattr(TrackingCallback, method.__name__, method)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an012
+# %% ../../nbs/40a_training.checks.ipynb #40an033
 def sample_figure(
     checkpoint: Checkpoint,  # the network, and what its numbers mean
     cache: CohortCache,  # label maps of the split val, or train where there is none
@@ -97,7 +97,7 @@ class SampleGrid(Callback):
     def after_epoch(self):
         log_figure(sample_figure(self.checkpoint, self.dls.cache, **self.options), 'samples/grid', self.model.steps)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an015
+# %% ../../nbs/40a_training.checks.ipynb #40an036
 def keep_checkpoint(
     checkpoint: Checkpoint,  # what to write
 ) -> Path | None:  # where it lies, if on this machine
@@ -118,7 +118,7 @@ class CheckpointCallback(Callback):
         self.kept.info |= dict(steps=self.model.steps, images=tracking.images, **tracking.latest)
         keep_checkpoint(self.kept)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an019
+# %% ../../nbs/40a_training.checks.ipynb #40an040
 class ProgressBar(Callback):
     "A bar over the share of the training that is done."
     order, run_valid = Recorder.order + 1, False
