@@ -28,7 +28,7 @@ logger = logging.getLogger('cmr_diffusion')
 class CMRError(Exception):
     """A wrong call, or a file that cannot be used.
 
-    Args:
+    Arguments:
         message: one line that names the file or argument, what is wrong with it, and what to do.
 
     Every function of the package raises this error for what its user can put right, and the commands print its line
@@ -74,7 +74,7 @@ IMAGE_TYPES = {t.name: t for t in (
     ImageType('T2', 'ms', True, 1.0, (20., 300.), 1000.),
     ImageType('cine'))}
 
-# %% ../nbs/00_core.ipynb #00n020
+# %% ../nbs/00_core.ipynb #00n006
 def type_named(
     name: str,  # such as 'T1', 'T2', 'cine'; an unknown name is a qualitative type
 ) -> ImageType:
@@ -88,7 +88,7 @@ def type_named(
 class Slice:
     """One short-axis image with its label map.
 
-    Args:
+    Arguments:
         pixels: array (rows, columns) of float32, in the unit of the type (qualitative types: as stored).
         spacing: row and column spacing in mm; nan where unknown.
         type: name of the image type, such as 'T1'.
@@ -171,7 +171,7 @@ def choose_device(
         raise CMRError(f'--device {name}: PyTorch cannot use it here; give cpu, or cuda where there is a GPU') from None
     return str(name)
 
-# %% ../nbs/00_core.ipynb #00n023
+# %% ../nbs/00_core.ipynb #00n009
 def choose_precision(
     name: str = 'auto',  # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has arithmetic for it
     device='cpu',  # name of the device, or a `torch.device`

@@ -36,7 +36,7 @@ def runs_folder(
     home = next((f for f in (start, *start.parents) if (f/'settings.ini').is_file()), start)
     return home/'mlruns'
 
-# %% ../nbs/02_tracking.ipynb #02n017
+# %% ../nbs/02_tracking.ipynb #02n000
 def tracking_uri() -> str:  # as MLflow takes it
     "The address of the store of runs."
     given = os.environ.get('MLFLOW_TRACKING_URI')
@@ -55,7 +55,7 @@ def _lock(folder: Path | None):
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder/'.lock', timeout=300)
 
-# %% ../nbs/02_tracking.ipynb #02n020
+# %% ../nbs/02_tracking.ipynb #02n003
 @lru_cache
 def _client(uri: str):
     "The MLflow client of a store; the store is made where it is missing."
@@ -95,7 +95,7 @@ class Run:
         "Where the run's files lie on this machine; None where a server keeps them."
         return _artifact_folder(self.client.get_run(self.id))
 
-# %% ../nbs/02_tracking.ipynb #02n021
+# %% ../nbs/02_tracking.ipynb #02n004
 _open_run: ContextVar[Run | None] = ContextVar('open_run', default=None)
 
 def _artifact_folder(run) -> Path | None:
@@ -125,7 +125,7 @@ def _started(uri: str, experiment: str, run_name: str | None, run_id: str | None
     except MlflowException as e: raise CMRError(f'MLflow store {uri}: {e.message}'.splitlines()[0]) from e
     return Run(made.info.run_id, made.info.run_name, client.get_experiment(made.info.experiment_id).name, uri)
 
-# %% ../nbs/02_tracking.ipynb #02n022
+# %% ../nbs/02_tracking.ipynb #02n005
 @contextmanager
 def start_run(
     experiment: str = 'cmr_diffusion',  # made where it is missing; of no effect with `run_id`
@@ -234,7 +234,7 @@ def find_run(
         raise CMRError(f'run name {run!r} is that of {len(found)} runs; give the id: {ids}')
     return found[0]
 
-# %% ../nbs/02_tracking.ipynb #02n031
+# %% ../nbs/02_tracking.ipynb #02n014
 def resolve_run(
     run: Path | str,  # a checkpoint folder, a folder that holds one, a run id or the name of one run
     name: str = CHECKPOINT,  # which folder of the run
@@ -254,7 +254,7 @@ def resolve_run(
                        'its training did not come so far; train again')
     return folder
 
-# %% ../nbs/02_tracking.ipynb #02n033
+# %% ../nbs/02_tracking.ipynb #02n016
 def _json_lines(path: Path) -> list[tuple[int, dict]]:
     "Number and object of each line of a training log; `CMRError` names the line that is none."
     try: found = [(n, json.loads(line)) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]

@@ -1,9 +1,9 @@
-"""Every sampler against the schedulers of `diffusers`: the same noise, the same toy denoiser, the settings that make them equal."""
+"""Every sampler is compared with the schedulers of `diffusers`: same noise, same toy denoiser, settings that make them equal."""
 import pytest
 import torch
 
-from cmr_diffusion.model.edm import EDM
-from cmr_diffusion.model.ddpm import Paper
+from cmr_diffusion.model.ddpm import DDPMRecipe
+from cmr_diffusion.model.edm import EDMRecipe
 from cmr_diffusion.model.samplers import SeededNoise, ddim, ddpm, dpmpp_2m, heun
 
 diffusers = pytest.importorskip('diffusers', reason='the oracle of the samplers comes with the dev extra')
@@ -12,10 +12,10 @@ LINEAR = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_sche
 
 
 class Mixture:
-    "The ideal denoiser of two Gaussians a pixel, at -0.5 and 0.4, in float64; `v` makes up a learned variance."
+    "The best denoiser of pixels from two Gaussians, at -0.5 and 0.4, in float64; `learned` makes up a learned variance."
     def __init__(self, learned=False): self.learned = learned
 
-    def __call__(self, x, sigma, condition=None, variance=False):
+    def __call__(self, x, sigma, prepared=None, variance=False):
         x, sigma = x.double(), torch.as_tensor(sigma).double()
         means, std = torch.tensor([-.5, .4], dtype=torch.float64), .1
         total = std**2 + sigma**2
@@ -35,10 +35,10 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize('steps', [10, 50])
 def test_ddim(steps):
-    scheduler = diffusers.DDIMScheduler(**LINEAR, clip_sample=False, set_alpha_to_one=True, timestep_spacing='leading', steps_offset=0)
+    scheduler = diffusers.DDIMScheduler(**LINEAR, clip_sample=False, set_alpha_to_one=True, timestep_spacing='leading',
+                                        steps_offset=0)
     scheduler.set_timesteps(steps)
-    paper, D = Paper(), Mixture()
-    sigmas = paper.sigmas(steps, 'leading').double()
+    D, sigmas = Mixture(), DDPMRecipe().sigmas(steps, 'leading').double()
     x = start((1 + sigmas[0]**2).sqrt())
     vp = x/(1 + sigmas[0]**2).sqrt()
     for t, sigma in zip(scheduler.timesteps, sigmas):
@@ -50,9 +50,10 @@ def test_ddim(steps):
 @pytest.mark.parametrize('learned', [False, True])
 @pytest.mark.parametrize('steps', [20, 200])
 def test_ddpm(steps, learned):
-    scheduler = diffusers.DDPMScheduler(**LINEAR, clip_sample=False, timestep_spacing='leading', variance_type='learned_range' if learned else 'fixed_small')
+    scheduler = diffusers.DDPMScheduler(**LINEAR, clip_sample=False, timestep_spacing='leading',
+                                        variance_type='learned_range' if learned else 'fixed_small')
     scheduler.set_timesteps(steps)
-    D, sigmas = Mixture(learned), Paper().sigmas(steps, 'leading').double()
+    D, sigmas = Mixture(learned), DDPMRecipe().sigmas(steps, 'leading').double()
     x = start((1 + sigmas[0]**2).sqrt())
     ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
     vp = x/(1 + sigmas[0]**2).sqrt()
@@ -61,17 +62,18 @@ def test_ddpm(steps, learned):
         x0, v = D(ve, sigma, variance=True)
         output = (ve - x0)/sigma
         vp = scheduler.step(output if v is None else torch.cat([output, v], dim=1), t, vp, generator=theirs).prev_sample
-    close(ddpm(D, x, sigmas, None, noise=lambda: torch.randn(SHAPE, generator=ours, dtype=torch.float64)), vp)
+    noise = lambda: torch.randn(SHAPE, generator=ours, dtype=torch.float64)
+    close(ddpm(D, x, sigmas, None, noise), vp)
 
 
 @pytest.mark.parametrize('steps', [10, 20])
 def test_dpmpp_2m(steps):
-    edm, D = EDM(), Mixture()
-    scheduler = diffusers.EDMDPMSolverMultistepScheduler(sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, sigma_schedule='karras',
-                                                         rho=edm.rho, solver_order=2, algorithm_type='dpmsolver++', solver_type='midpoint', final_sigmas_type='zero')
+    edm, D = EDMRecipe(), Mixture()
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+        sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, sigma_schedule='karras', rho=edm.rho,
+        solver_order=2, algorithm_type='dpmsolver++', solver_type='midpoint', final_sigmas_type='zero')
     scheduler.set_timesteps(steps)
-    sigmas = edm.sigmas(steps)
-    assert torch.allclose(scheduler.sigmas, sigmas, rtol=1e-5)
+    assert torch.allclose(scheduler.sigmas, edm.sigmas(steps), rtol=1e-5)
     sigmas = scheduler.sigmas.double()
     theirs = x = start(sigmas[0])
     for t, sigma in zip(scheduler.timesteps, sigmas):  # the scheduler wants F of D = c_skip x + c_out F
@@ -96,9 +98,9 @@ def test_heun(steps):
 @pytest.mark.parametrize('sampler, low, high', [(ddim, .8, 1.25), (heun, 1.7, 2.6), (dpmpp_2m, 1.6, 2.6)])
 def test_order_of_convergence_on_a_mixture(sampler, low, high):
     "The distance to the exact end of the path (2,000 steps of Heun) falls as steps ** -order."
-    D = Mixture()
-    x = start(EDM().sigma_max)
-    exact, steps = heun(D, x, EDM().sigmas(2000).double(), None), torch.tensor([80., 160, 320])
-    errors = torch.stack([(sampler(D, x, EDM().sigmas(int(n)).double(), None) - exact).abs().mean() for n in steps])
+    D, edm, steps = Mixture(), EDMRecipe(), (80, 160, 320)
+    x = start(edm.sigma_max)
+    exact = heun(D, x, edm.sigmas(2000).double(), None)
+    errors = torch.stack([(sampler(D, x, edm.sigmas(n).double(), None) - exact).abs().mean() for n in steps])
     orders = (errors[:-1]/errors[1:]).log2()
     assert ((low < orders) & (orders < high)).all(), orders

@@ -38,6 +38,7 @@ class Wanted(NamedTuple):
     grid: GridSlice  # label map, type and spacing; no pixels
     seed: int  # of the image
 
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n036
 def wanted_images(
     rows: pd.DataFrame,  # as `mask_rows` gives them
     grids: Iterable[GridSlice],  # one per row, as `mask_grids` gives them
@@ -51,7 +52,7 @@ def wanted_images(
             bare = replace(grid, type=image_type or grid.type, pixels=None)
             yield Wanted(row, n, bare, stable_seed(seed, row.id, n))
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n038
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n039
 def painted_images(
     checkpoint: Checkpoint,  # the trained model
     wanted: Iterable[Wanted],  # what to paint
@@ -65,7 +66,7 @@ def painted_images(
             yield from zip(batch, paint(checkpoint, [w.grid for w in batch], [w.seed for w in batch], **options))
             bar.update(len(batch))
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n040
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n041
 def synthetic_patients(
     rows: pd.DataFrame,  # of the cohort table
     per_mask: int,  # repetitions
@@ -76,7 +77,7 @@ def synthetic_patients(
     keys.sort(key=lambda key: stable_seed('synthetic patient', seed, *key))
     return {key: f'Patient ({i})' for i, key in enumerate(keys, 1)}
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n043
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n044
 def named_slices(
     painted: Iterable[tuple[Wanted, GridSlice]],  # as `painted_images` gives them
     patients: dict[tuple[str, int], str],  # as `synthetic_patients` gives them
@@ -88,7 +89,7 @@ def named_slices(
         n = taken[patient, grid.type, name] = taken.get((patient, grid.type, name), 0) + 1
         yield replace(unplace(grid), patient=patient, name=name if n == 1 else f'{name}_{n}')
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n046
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n047
 def clipped_share(
     grid: GridSlice,  # painted
     maximum: float,  # largest value that the transform of its type gives, in its unit
@@ -105,15 +106,17 @@ def other_spacing(
     if spacing is None: return fixed
     return replace(fixed, spacing=Geometry.parse(geometry.size, spacing).spacing)
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n048
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n049
 def ready_model(
     checkpoint: Checkpoint | Path | str,  # or an MLflow run, or a checkpoint folder
-    device: str | None,  # for a model that is read; None: a GPU where there is one
+    device: str | None,  # for a model that is read; None: a GPU where there is one; a `Checkpoint` stays where it is
     compiled: bool,  # compile the network
 ) -> tuple[Checkpoint, str]:  # the model, and its device
     "The model on its device; on a CPU, freed memory is held for the next step."
-    device = choose_device(device)
-    c = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(resolve_run(checkpoint), device)
+    if isinstance(checkpoint, Checkpoint): c, device = checkpoint, str(next(checkpoint.model.parameters()).device)
+    else:
+        device = choose_device(device)
+        c = load_checkpoint(resolve_run(checkpoint), device)
     if torch.device(device).type == 'cpu': hold_memory()
     if compiled: compile_network(fast(c.model))
     return c, device
@@ -152,7 +155,8 @@ def synthesize(
         per_mask: images per label map; each repetition is a synthetic patient of its own.
         seed: of the cohort. The same seed gives the same images, whatever `per_mask` and `batch_size` are.
         batch_size: images that are painted at once.
-        device: where a model that is read shall be, such as 'cpu' or 'cuda'; None: a GPU where there is one.
+        device: where a model that is read shall be, such as 'cpu' or 'cuda'; None: a GPU where there is one. The
+            network of a `Checkpoint` stays where it is.
         precision: 'float32', 'bfloat16', or 'auto' for what the device has arithmetic for.
         compile: compile the network, which takes minutes and pays on a GPU.
 

@@ -34,7 +34,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
-# %% ../../nbs/41_training.learner.ipynb #41n043
+# %% ../../nbs/41_training.learner.ipynb #41n004
 @lru_cache
 def temporary_folder() -> Path:
     "A folder of this process, removed at its end."
@@ -47,7 +47,7 @@ def writing_folder() -> Path:
     try: return open_run().folder or temporary_folder()
     except CMRError: return temporary_folder()
 
-# %% ../../nbs/41_training.learner.ipynb #41n045
+# %% ../../nbs/41_training.learner.ipynb #41n006
 def sdm_learner(
     dls: GridLoaders,  # from `make_dataloaders`
     preset: str = 'small',  # size of the network, a key of `PRESETS`
@@ -118,7 +118,7 @@ def sdm_learner(
     if not len(dls.valid): logger.warning('%s: no validation slices, so there will be no validation loss', dls.cache.folder)
     return learn
 
-# %% ../../nbs/41_training.learner.ipynb #41n047
+# %% ../../nbs/41_training.learner.ipynb #41n008
 @patch
 def summary(self: SDMLearner):
     "As fastai's `Learner.summary`, with every layer."
@@ -192,7 +192,7 @@ class TrainConfig:
 
 ENDLESS = 10**6  # steps of an epoch that ends by the clock
 
-# %% ../../nbs/41_training.learner.ipynb #41n063
+# %% ../../nbs/41_training.learner.ipynb #41n024
 def config_learner(
     cache: CohortCache,  # from `prepare`
     config: TrainConfig,  # what to train
@@ -218,7 +218,7 @@ def run_callbacks(
     checks = [TrackingCallback(), SampleGrid(learn.checkpoint), CheckpointCallback(learn.checkpoint), ProgressBar()]
     return schedule + checks
 
-# %% ../../nbs/41_training.learner.ipynb #41n065
+# %% ../../nbs/41_training.learner.ipynb #41n026
 def log_settings(
     learn: SDMLearner,  # whose settings to log
     config: TrainConfig,  # of the training
@@ -234,7 +234,7 @@ def log_settings(
     log_config(dict(device=str(learn.dls.device), precision=c.info['precision'], threads=torch.get_num_threads(),
                     million_parameters=round(parameters / 1e6, 2)), 'machine.')
 
-# %% ../../nbs/41_training.learner.ipynb #41n066
+# %% ../../nbs/41_training.learner.ipynb #41n027
 def train(
     cache: CohortCache,  # from `prepare`
     config: TrainConfig,  # what to train, and how long
