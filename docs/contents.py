@@ -1,4 +1,4 @@
-"""Writes nbs/README.md, the table of contents, from the first cell of every notebook, with one picture of each of the five main chapters.
+"""Writes nbs/README.md, the table of contents: the first cell of every notebook, and a picture of each of the five main chapters.
 
     python docs/contents.py        # after a notebook's first cell, or one of these pictures, has changed"""
 import base64, json
@@ -12,10 +12,19 @@ MAIN = {  # notebook -> which of its pictures (from 0) stands here, and what is 
     '41_training.learner': (0, 'a training'),
     '66_evaluation.report': (0, 'an evaluation'),
 }
-WINGS = {
-    'The ground floor': '0', 'Cohort: from files to a table': '1', 'Grid: from a table to batches': '2', 'Model: the network and how it paints': '3',
-    'Training': '4', 'Synthesis': '5', 'Evaluation': '6', 'Commands and tutorials': '78',
+WINGS = {  # where a module lies -> heading
+    '': 'The ground floor', 'cohort': 'Cohort: from files to a table', 'grid': 'Grid: from a table to batches',
+    'model': 'Model: the network and how it paints', 'training': 'Training', 'synthesis': 'Synthesis', 'evaluation': 'Evaluation',
+    'end': 'Commands and tutorials',
 }
+
+
+def wing_of(path):
+    "The wing of a notebook, by its name: `30_model.sdm` belongs to `model`."
+    number, _, module = path.stem.partition('_')
+    if '.' in module: return module.split('.')[0]
+    if module == 'explore': return 'cohort'
+    return 'end' if number >= '70' else ''
 
 
 def first_cell(path):
@@ -34,15 +43,16 @@ def pictures(path):
 def contents():
     "The text of nbs/README.md."
     notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
-    text = ['# Chapters', '', 'Each chapter is a notebook, and most notebooks make a module of the package. A chapter imports only from chapters with a lower number.',
+    text = ['# Chapters', '', 'Each chapter is a notebook, and most notebooks make a module of the package.',
+            'A chapter imports only from chapters with a lower number.',
             'Begin with the five main chapters; each of them can be read on its own.', '']
     for stem, (_, alt) in MAIN.items():
         title, sentence = first_cell(ROOT/'nbs'/f'{stem}.ipynb')
         text += [f'## [{title}]({stem}.ipynb)', '', sentence, '', f'![{alt}](../docs/chapters/{stem}.png)', '']
     text += ['# All chapters', '']
-    for wing, numbers in WINGS.items():
-        text += [f'## {wing}', '', '| chapter | what it does |', '|---|---|']
-        for path in (n for n in notebooks if n.name[0] in numbers):
+    for wing, heading in WINGS.items():
+        text += [f'## {heading}', '', '| chapter | what it does |', '|---|---|']
+        for path in (n for n in notebooks if wing_of(n) == wing):
             title, sentence = first_cell(path)
             text.append(f'| [`{path.stem}`]({path.name}) {title} | {sentence} |')
         text.append('')

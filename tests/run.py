@@ -120,7 +120,7 @@ def style(scratch):
         wide.extend(f'{where}: {len(line)} characters: {line.strip()[:60]}' for line in too_long)
         several.extend(f'{where}: {lines[k - 1].strip()[:80]}' for k in joined(lines))
 
-    for script in sorted([*ROOT.glob('tests/*.py'), *ROOT.glob('benchmarks/*.py')]):
+    for script in sorted([*ROOT.glob('tests/*.py'), *ROOT.glob('benchmarks/*.py'), *ROOT.glob('docs/*.py')]):
         look(script.relative_to(ROOT).as_posix(), script.read_text().splitlines())
     for n in sorted((ROOT/'nbs').glob('*.ipynb')):
         cells = json.loads(n.read_text())['cells']
@@ -136,9 +136,17 @@ def style(scratch):
     yield report('notebooks are small and name no machine', large + strange)
 
 
+def table_of_contents(scratch):
+    "nbs/README.md says what the notebooks say of themselves."
+    sys.path.insert(0, str(ROOT/'docs'))
+    from contents import contents
+    stale = (ROOT/'nbs'/'README.md').read_text() != contents()
+    yield report('the table of contents is in step', ['nbs/README.md is out of step: python docs/contents.py'] * stale)
+
+
 def checks(scratch):
     "What can be said without running anything."
-    for part in (in_step, architecture, style): yield from part(scratch)
+    for part in (in_step, architecture, style, table_of_contents): yield from part(scratch)
 
 
 def notebooks(scratch):

@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from cmr_diffusion import CMRError, Geometry, TrainConfig, load_checkpoint, paint, prepare, read_cohort, sdm_learner, train
+from cmr_diffusion import (
+    CMRError, Geometry, TrainConfig, load_checkpoint, paint, prepare, read_cohort, sdm_learner, train)
 from cmr_diffusion.grid.loaders import make_dataloaders
 from cmr_diffusion.toy import toy_cohort
 from cmr_diffusion.tracking import find_run, start_run
@@ -84,8 +85,8 @@ def test_the_schedule_of_a_training(cache):
     config = TrainConfig('tiny', steps=40, warmup=10, batch_size=2, learning_rate=4e-4, checks=4)
     learn = quiet(config_learner(cache, config))
     learn.fit(config.epochs, cbs=run_callbacks(learn, config)[:1])
-    share = [step / 40 for step in range(40)]
-    expected = [4e-4 * min(1, (n + 1) / 10) * (.01 + .99 * (1 + math.cos(math.pi * s)) / 2) for n, s in enumerate(share)]
+    falls = [.01 + .99 * (1 + math.cos(math.pi * step / 40)) / 2 for step in range(40)]
+    expected = [4e-4 * min(1, (step + 1) / 10) * fall for step, fall in enumerate(falls)]
     assert learn.recorder.hps['lr'] == pytest.approx(expected, rel=1e-6)
 
 
@@ -101,7 +102,8 @@ def test_lr_find_leaves_everything_as_it_was(cache):
         assert all(torch.equal(state[k], optimizer['state'][n][k]) for k in state)
     for learn in (found, straight): learn.fit(1, 1e-3, cbs=KeepLosses())
     assert found.step_losses == straight.step_losses and same(weights(found), weights(straight))
-    assert {f for f in cache.folder.rglob('*')} == files and not found.path.resolve().is_relative_to(cache.folder.resolve())
+    assert {f for f in cache.folder.rglob('*')} == files
+    assert not found.path.resolve().is_relative_to(cache.folder.resolve())
 
 
 def test_validation_sees_the_averaged_weights(cache):
@@ -118,14 +120,14 @@ def test_validation_sees_the_averaged_weights(cache):
 
 
 def test_eight_batches_of_one_are_one_batch_of_eight(cache):
-    class Gradients(Callback):
+    class KeepGradients(Callback):
         "The gradients of each step, after accumulation and before clipping."
         order = 8
         def before_step(self):
             self.learn.gradients = [p.grad.clone() for p in self.model.network.parameters()]
     whole, parts = learner(cache, batch_size=8, steps=1), learner(cache, batch_size=1, steps=8)
-    whole.fit(1, cbs=Gradients())
-    parts.fit(1, cbs=[Gradients(), GradientAccumulation(8)])
+    whole.fit(1, cbs=KeepGradients())
+    parts.fit(1, cbs=[KeepGradients(), GradientAccumulation(8)])
     assert whole.model.steps == parts.model.steps == 1  # the average follows steps, not batches
     largest = max(g.abs().max() for g in whole.gradients)
     assert largest > 0
@@ -196,13 +198,20 @@ def test_what_a_notebook_shows(cache):
 
 
 @pytest.mark.parametrize('fast', (False, True))
-def test_the_summary_counts_every_parameter(cache, fast):
-    parameters = dict(tiny=None)
-    learn = learner(cache, batch_size=16, fast=fast)
-    parameters = sum(p.numel() for p in learn.model.network.parameters())
+def test_the_summary_counts_every_parameter(cache, tmp_path, fast):
+    large = prepare(read_cohort(cache.folder.parent/'toy', 'csv'), tmp_path/'large', Geometry(64, 2.0, 'heart'))
+    learn = learner(large, batch_size=2, fast=fast)
+    before, averaged = weights(learn), learn.model.average.model
     text = learn.summary()
+    parameters = sum(p.numel() for p in learn.model.network.parameters())
     assert f'Total params: {parameters:,}' in text and f'Total trainable params: {parameters:,}' in text
-    assert 'Noising' in text and learn.validate()[0] > 0
+    assert 'Noising' in text and same(before, weights(learn)) and learn.model.average.model is averaged
+
+
+def test_the_published_recipe(cache):
+    learn = learner(cache, recipe='paper')
+    learn.fit(1, 1e-3)
+    assert all(math.isfinite(value) for value in learn.validate()) and learn.show_results(max_n=1, steps=2)
 
 
 def test_callbacks_of_fastai(cache):
@@ -238,14 +247,16 @@ def test_steps_and_checks(cache):
         images = [f.path for f in opened.client.list_artifacts(run_id, 'images') if f.path.endswith('.png')]
     assert history['valid/loss'] == history['train/loss'] == [2, 5, 7]
     assert history['train/images'] == [2, 5, 7] and run.data.metrics['train/images'] == 14
-    assert {f'valid/loss_sigma_q{n}' for n in (1, 2, 3, 4)} | {'valid/loss_shuffled_masks', 'train/learning_rate'} <= set(history)
+    for name in ('shuffled_masks', 'sigma_q1', 'sigma_q2', 'sigma_q3', 'sigma_q4'): assert f'valid/loss_{name}' in history
+    assert 'train/learning_rate' in history and 'train/images_per_second' in history
     assert sorted(int(path.split('+step+')[1].split('+')[0]) for path in images) == [0, 2, 5, 7]
     info = load_checkpoint(folder).info
     assert (info['steps'], info['images'], info['run_id'], info['config']['checks']) == (7, 14, run_id, 3)
 
 
 def test_a_time_box(cache):
-    run_id, folder = train(cache, TrainConfig('tiny', minutes=.05, checks=2, warmup=1, batch_size=2), 'learner', device='cpu')
+    config = TrainConfig('tiny', minutes=.05, checks=2, warmup=1, batch_size=2)
+    run_id, folder = train(cache, config, 'learner', device='cpu')
     with start_run(run_id=run_id) as run:
         checks = run.client.get_metric_history(run_id, 'valid/loss')
         rates = [m.value for m in run.client.get_metric_history(run_id, 'train/learning_rate')]

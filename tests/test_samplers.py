@@ -1,4 +1,4 @@
-"""Every sampler is compared with the schedulers of `diffusers`: same noise, same toy denoiser, settings that make them equal."""
+"""Every sampler is compared with the scheduler of `diffusers`, with settings that make the two equal."""
 import pytest
 import torch
 
@@ -12,7 +12,7 @@ LINEAR = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_sche
 
 
 class Mixture:
-    "The best denoiser of pixels from two Gaussians, at -0.5 and 0.4, in float64; `learned` makes up a learned variance."
+    "The best denoiser of pixels from two Gaussians, at -0.5 and 0.4, in float64; it can make up a learned variance."
     def __init__(self, learned=False): self.learned = learned
 
     def __call__(self, x, sigma, prepared=None, variance=False):
@@ -70,8 +70,9 @@ def test_ddpm(steps, learned):
 def test_dpmpp_2m(steps):
     edm, D = EDMRecipe(), Mixture()
     scheduler = diffusers.EDMDPMSolverMultistepScheduler(
-        sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, sigma_schedule='karras', rho=edm.rho,
-        solver_order=2, algorithm_type='dpmsolver++', solver_type='midpoint', final_sigmas_type='zero')
+        sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, rho=edm.rho,
+        sigma_schedule='karras', solver_order=2, algorithm_type='dpmsolver++', solver_type='midpoint',
+        final_sigmas_type='zero')
     scheduler.set_timesteps(steps)
     assert torch.allclose(scheduler.sigmas, edm.sigmas(steps), rtol=1e-5)
     sigmas = scheduler.sigmas.double()

@@ -17,17 +17,18 @@ from .patient import (
     RV_BLOOD, RV_WALL, SPLEEN, TRABECULA, VENOUS)
 from ..core import CMRError, stable_seed
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #070013
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an000
 def positions(
     shape: tuple[int, int],  # rows, columns
     step: tuple[float, float]  # mm between rows and between columns
 ) -> tuple[np.ndarray, np.ndarray]:  # x of the columns and y of the rows, in mm from the middle
-    "Where the columns and rows of a grid lie."
+    "Return where the columns and rows of a grid lie."
     y, x = ((np.arange(n) - (n - 1)/2)*mm for n, mm in zip(shape, step))
     return x, y
 
+# %% ../../nbs/18a_cohort.anatomy.ipynb #070013
 def _wave(waves, v):
-    "Displacements in mm at the positions `v`; each row of `waves`: amplitude in mm, angular frequency in 1/mm, phase."
+    "Sum waves at the positions `v`, in mm; a row of `waves` is amplitude in mm, angular frequency in 1/mm, phase."
     amplitude, frequency, phase = waves.T[..., None]
     return (amplitude*np.sin(frequency*v + phase)).sum(0)
 
@@ -40,7 +41,7 @@ class Canvas:
         bend: np.ndarray  # (2, waves, 3): for x and for y, amplitude in mm, angular frequency in 1/mm, phase
     ):
         self.regions, self.step = np.zeros(shape, np.uint8), step
-        self.within = None  # where alone to paint (rows, columns), bool; None: everywhere
+        self.within = None  # the points that may be painted, (rows, columns) bool; None: all
         x, y = (v + o for v, o in zip(positions(shape, step), origin))
         self.first = x[0], y[0]
         self.margin = float(np.abs(bend[..., 0]).sum(1).max())  # no point is displaced by more
@@ -53,16 +54,17 @@ def box(self: Canvas,
     centre: tuple[float, float],  # x, y in mm
     reach: float  # mm
 ) -> tuple[slice, slice]:  # of rows and of columns
-    "The part of the grid that can lie within `reach` of a centre."
+    "Return the part of the grid that can lie within `reach` of a centre."
     parts = []
     for axis in (1, 0):  # y belongs to the rows, x to the columns
         ends = [centre[axis] + side*(reach + self.margin) - self.first[axis] for side in (-1, 1)]
-        n = self.regions.shape[1 - axis]
-        parts.append(slice(*(min(max(math.ceil(end/self.step[1 - axis]), 0), n) for end in ends)))
+        step, n = self.step[1 - axis], self.regions.shape[1 - axis]
+        start, stop = (min(max(math.ceil(end/step), 0), n) for end in ends)
+        parts.append(slice(start, stop))
     return tuple(parts)
 
 def _in_ellipse(x, y, axes, square):
-    "Whether points lie in an ellipse about the origin, whose corners are filled as `square` goes to 1."
+    "Say which points lie in an ellipse about the origin, whose corners are filled as `square` goes to 1."
     a, b = np.float32(1)/np.float32(axes)
     u, v = np.square(a*x), np.square(b*y)
     if not square: return u + v < 1
@@ -77,10 +79,10 @@ def ellipse(self: Canvas,
     angle: float = 0.,  # of the first axis, radians
     square: float = 0.,  # from 0, an ellipse, towards 1, a rectangle
     over: int | None = None,  # paint only over this region
-    above: float | None = None  # paint only above this height, mm below the centre
+    above: float | None = None  # paint only above this height; mm, counted downwards from the centre
 ):
     "Paint an ellipse."
-    rows, columns = self.box(centre, max(axes)/math.sqrt(1 - 0.6*square))
+    rows, columns = self.box(centre, max(axes)/math.sqrt(1 - 0.6*square))  # filled corners reach further
     (cx, cy), c, s = np.float32(centre), np.float32(math.cos(angle)), np.float32(math.sin(angle))
     for start in range(rows.start, rows.stop, 32):  # a few rows at a time stay in the processor's cache
         band = slice(start, min(start + 32, rows.stop)), columns
@@ -94,17 +96,17 @@ def ellipse(self: Canvas,
 
 # %% ../../nbs/18a_cohort.anatomy.ipynb #18an032
 def _draw_waves(rng):
-    "Three slow waves (3, 3): amplitude in mm, angular frequency in 1/mm, phase."
+    "Draw three slow waves (3, 3): amplitude in mm, angular frequency in 1/mm, phase."
     lengths = np.array((60., 110., 170.))  # mm
     return np.stack([rng.normal(0, (0.5, 1.5, 3.)), 2*math.pi/lengths, rng.uniform(0, 6.28, 3)], 1)
 
 def plane(
     patient: Patient,  # whose anatomy is drawn
-    name: str = 'Mid',  # of `LEVELS`
+    name: str = 'Mid',  # the level, one of `LEVELS`
     shift: tuple[float, float] = (0., 0.),  # x, y in mm: the patient breathes between two acquisitions
     fine: int = 3  # points per pixel along each side; odd, so that one lies on the pixel's centre
 ) -> tuple[Canvas, float]:  # the empty canvas, the level (0 base to 1 apex)
-    "An empty short-axis plane of a patient."
+    "Make an empty short-axis plane of a patient."
     if fine % 2 == 0:
         raise CMRError(f'fine={fine}: choose an odd number of points per pixel, so that one lies on its centre')
     rng = np.random.default_rng(stable_seed(patient.seed, 'bend'))
@@ -150,7 +152,7 @@ def draw_torso(
     _draw_lung_vessels(canvas, body, rng)
 
 # %% ../../nbs/18a_cohort.anatomy.ipynb #18an037
-ORGANS = {  # number of the patient's own displacement, x and y in mm, and how far it rises with the diaphragm
+ORGANS = {  # number of the patient's own displacement, x and y in mm, 1 if it rises with the diaphragm
     'liver': (1, -92, 70, 1), 'left lobe': (2, -15, 63, 1), 'vena cava': (3, -48, 62, 0), 'spleen': (4, 112, 92, 1),
     'stomach': (5, 66, 72, 1), 'left back': (6, -63, 128, 0), 'right back': (6, 22, 128, 0), 'spine': (7, -18, 100, 0),
     'spinal canal': (7, -18, 124, 0), 'aorta': (8, 14, 76, 0)}
@@ -159,7 +161,7 @@ def organ_places(
     patient: Patient,  # whose anatomy is drawn
     level: float  # 0 base to 1 apex
 ) -> dict[str, tuple[float, float]]:  # organ -> x, y in mm
-    "Where the organs lie in a plane; each patient's organs have their own small displacements."
+    "Return where the organs lie in a plane; each patient's organs have their own small displacements."
     rise, jitter = 34*(level - 0.5), np.random.default_rng(patient.seed).normal(0, 4, (9, 2))
     return {name: (patient.body*x + jitter[i, 0], patient.body*(y - follows*rise) + jitter[i, 1])
             for name, (i, x, y, follows) in ORGANS.items()}
@@ -210,7 +212,7 @@ def draw_organs(
 
 # %% ../../nbs/18a_cohort.anatomy.ipynb #070017
 def _in_lesion(lesion, angle, depth):
-    "Whether points of the wall, given by angle and depth (0 endocardium to 1 epicardium), lie in a lesion."
+    "Say which points of the wall, given by angle and depth (0 endocardium to 1 epicardium), lie in a lesion."
     direction, half, start, end = lesion
     off = np.abs((angle - direction + math.pi) % (2*math.pi) - math.pi)
     return (off < half) & (depth >= start) & (depth < end)
@@ -277,11 +279,11 @@ def draw_heart(
 # %% ../../nbs/18a_cohort.anatomy.ipynb #070019
 def regions(
     patient: Patient,  # whose anatomy is drawn
-    name: str = 'Mid',  # of `LEVELS`
+    name: str = 'Mid',  # the level, one of `LEVELS`
     shift: tuple[float, float] = (0., 0.),  # x, y in mm: the patient breathes between two acquisitions
     fine: int = 3  # points per pixel along each side; odd, so that one lies on the pixel's centre
 ) -> np.ndarray:  # (fine*rows, fine*columns) uint8, region numbers
-    "Region numbers of a short-axis plane, on a grid that is finer than the acquired matrix."
+    "Draw a short-axis plane as region numbers, on a grid that is finer than the acquired matrix."
     canvas, level = plane(patient, name, shift, fine)
     rng = np.random.default_rng(stable_seed(patient.seed, 'plane', name))
     draw_torso(canvas, patient, rng)
@@ -293,5 +295,5 @@ def label_map_of(
     drawn: np.ndarray,  # (fine*rows, fine*columns) region numbers
     fine: int = 3  # points per pixel along each side
 ) -> np.ndarray:  # (rows, columns) uint8, numbers of `STRUCTURES`
-    "The label map of a drawing: each pixel has the class of its centre."
+    "Return the label map of a drawing, in which each pixel has the structure of its centre."
     return LABEL[drawn[fine//2::fine, fine//2::fine]]

@@ -56,10 +56,10 @@ class Patient:
     seed: int  # of everything that is drawn for this patient
     field: float  # T
     matrix: tuple[int, int]  # rows, columns
-    spacing: tuple[float, float]  # row and column spacing
+    spacing: tuple[float, float]  # row and column spacing, mm
     heart_rate: float  # beats per minute
     snr: float  # signal of myocardium in equilibrium over the noise of one receiver channel, at the left ventricle
-    tissue: np.ndarray  # (tissues, 3): proton density, T1, T2
+    tissue: np.ndarray  # (tissues, 3): proton density, T1 and T2 in ms
     body: float  # scale of the torso
     fat: float  # thickness under the skin
     tilt: float  # of the torso in the oblique plane
@@ -73,7 +73,7 @@ class Patient:
 
 # %% ../../nbs/18_cohort.patient.ipynb #18n023
 def _draw_tissues(rng, field):
-    "Proton density, T1 and T2 of one patient's tissues, (tissues, 3)."
+    "Draw proton density, T1 and T2 of one patient's tissues, as (tissues, 3)."
     table = np.array(list(TISSUES.values()))
     tissue = table[:, [0, 1, 2] if field == 1.5 else [0, 3, 4]].copy()
     deviation = np.clip(rng.standard_normal((len(table), 2)), -2.2, 2.2)
@@ -82,13 +82,13 @@ def _draw_tissues(rng, field):
     return tissue
 
 def _draw_lesion(rng):
-    "A lesion from the endocardium outwards in three patients of ten."
+    "Draw a lesion that begins at the endocardium, for three patients of ten."
     if rng.random() >= 0.3: return None
     return rng.uniform(-math.pi, math.pi), rng.uniform(0.35, 0.8), 0.0, rng.uniform(0.4, 1.0)
 
 # %% ../../nbs/18_cohort.patient.ipynb #18n024
 def _draw_person(rng, pixel) -> dict:
-    "Lengths, angles and rates of a patient whose pixels have that spacing, one distribution per line."
+    "Draw the lengths, angles and rates of a patient whose pixels have that spacing, one distribution per line."
     def normal(mean, spread, low, high): return float(np.clip(rng.normal(mean, spread), low, high))
     pi = math.pi
     return dict(
@@ -111,7 +111,7 @@ def draw_patient(
     seed: int = 0,  # of the cohort
     field: float = 1.5  # T, 1.5 or 3
 ) -> Patient:
-    "The patient of that number in the cohort of that seed."
+    "Draw the patient of that number in the cohort of that seed."
     if field not in (1.5, 3.0): raise CMRError(f'field strength {field}: the phantom knows tissues at 1.5 and 3.0 T')
     own = stable_seed('phantom', seed, index)
     rng = np.random.default_rng(own)

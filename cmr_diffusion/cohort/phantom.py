@@ -28,11 +28,11 @@ from ..output import atomic_path
 SHIFT = 1.2  # mm, standard deviation of the shift between two acquisitions
 
 def _beats(patient, rng):
-    "The lengths of ten heart beats in ms, with a variation of three percent."
+    "Draw the lengths of ten heart beats in ms, with a variation of three percent."
     return 60000/patient.heart_rate*np.clip(1 + 0.03*rng.standard_normal(10), 0.9, 1.1)
 
 def _noise(patient, image_type):
-    "Standard deviation of the noise: the signal of myocardium in equilibrium over the signal-to-noise ratio."
+    "Return the standard deviation of the noise: signal of myocardium in equilibrium over signal-to-noise ratio."
     readout = Readout(flip=35. if image_type == 'T1' else 70.)
     rest = readout_matrices(readout, patient.tissue)[0] @ np.array([0, patient.tissue[MYO, 0], 1])
     return rest[MYO, 0]/patient.snr
@@ -41,9 +41,9 @@ def _noise(patient, image_type):
 def acquire(
     patient: Patient,  # who is scanned
     image_type: str = 'T1',  # or 'T2'
-    name: str = 'Mid'  # of `LEVELS`
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # images, times, label map
-    "The weighted images (images, rows, columns) of one slice, their times in ms, and the label map (rows, columns)."
+    name: str = 'Mid'  # the level, one of `LEVELS`
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # images, times (images,) in ms, label map (rows, columns)
+    "Return the weighted images (images, rows, columns) of one slice, their times in ms, and the label map."
     if image_type not in ('T1', 'T2'): raise CMRError(f"phantom of type {image_type!r}: it makes 'T1' and 'T2' maps")
     if name not in LEVELS: raise CMRError(f'phantom slice {name!r}: it has the levels {", ".join(LEVELS)}')
     rng = np.random.default_rng(stable_seed(patient.seed, image_type, name))
@@ -59,10 +59,10 @@ def acquire(
 def phantom_slice(
     patient: Patient,  # who is scanned
     image_type: str = 'T1',  # or 'T2'
-    name: str = 'Mid',  # of `LEVELS`
+    name: str = 'Mid',  # the level, one of `LEVELS`
     right_ventricle: bool = True  # in the label map; without it the structures are those of the published contours
 ) -> Slice:  # pixels in ms
-    "One T1 or T2 map with its label map."
+    "Make one T1 or T2 map with its label map."
     images, times, label_map = acquire(patient, image_type, name)
     if not right_ventricle: label_map[label_map == RIGHT_VENTRICLE] = BACKGROUND
     pixels = fit_t1(images, times) if image_type == 'T1' else fit_t2(images, times)
@@ -70,7 +70,7 @@ def phantom_slice(
 
 # %% ../../nbs/18c_cohort.phantom.ipynb #070052
 def _in_processes(jobs, workers):
-    "The slices of some jobs in their order, made in several processes."
+    "Make the slices of some jobs in several processes, and yield them in order."
     with ProcessPoolExecutor(workers) as pool:
         waiting = deque()
         for job in jobs:
@@ -87,7 +87,7 @@ def phantom_slices(
     right_ventricle: bool = True,  # in the label maps
     workers: int = 2  # processes; 1: this one
 ) -> Iterator[Slice]:  # base, mid and apex of every type, patient by patient
-    "The slices of a phantom cohort, one after the other."
+    "Yield the slices of a phantom cohort, one after the other."
     numbers = range(1, patients + 1) if isinstance(patients, int) else patients
     drawn = (draw_patient(number, seed, field) for number in numbers)
     jobs = ((patient, t, name, right_ventricle) for patient in drawn for t in types for name in LEVELS)

@@ -27,12 +27,12 @@ class Readout:
 
     @property
     def lead(self) -> float:
-        "The time from the start of the train to the centre of k-space in ms."
+        "The time from the start of the train to the centre of k-space, in ms."
         return (self.centre + 1)*self.repetition
 
     @property
     def length(self) -> float:
-        "The time from the start to the end of the train in ms."
+        "The time from the start to the end of the train, in ms."
         return (self.pulses + 0.5)*self.repetition
 
 # %% ../../nbs/18b_cohort.relaxometry.ipynb #18bn001
@@ -40,7 +40,7 @@ def relax(
     t: float,  # ms
     tissue: np.ndarray  # (tissues, 3): proton density, T1, T2
 ) -> np.ndarray:  # (tissues, 3, 3)
-    "Free relaxation for a time as a matrix on (transverse, longitudinal, 1); the equilibrium is the proton density."
+    "Return free relaxation as a matrix on (transverse, longitudinal, 1); the equilibrium is the proton density."
     m0, t1, t2 = tissue.T
     m = np.zeros((len(tissue), 3, 3))
     m[:, 0, 0], m[:, 1, 1], m[:, 2, 2] = np.exp(-t/t2), np.exp(-t/t1), 1
@@ -51,7 +51,7 @@ def relax(
 def pulse(
     flip: float  # degrees
 ) -> np.ndarray:  # (3, 3)
-    "A pulse of alternating phase as a matrix on (transverse, longitudinal, 1)."
+    "Return a pulse of alternating phase as a matrix on (transverse, longitudinal, 1)."
     c, s = math.cos(math.radians(flip)), math.sin(math.radians(flip))
     return np.array([[-c, s, 0], [s, c, 0], [0, 0, 1]])
 
@@ -60,7 +60,7 @@ def readout_matrices(
     readout: Readout,  # the train
     tissue: np.ndarray  # (tissues, 3): proton density, T1, T2
 ) -> tuple[np.ndarray, np.ndarray]:  # to the central echo, to the end: (tissues, 3, 3) each
-    "The train of pulses as two matrices on (transverse, longitudinal, 1)."
+    "Return the train of pulses as two matrices on (transverse, longitudinal, 1)."
     half = relax(readout.repetition/2, tissue)
     to_echo = half @ pulse(readout.flip)
     first = to_echo @ half @ pulse(readout.flip/2)  # half a pulse, half an interval, the first pulse, its echo
@@ -72,14 +72,14 @@ def readout_matrices(
 def equilibrium(
     tissue: np.ndarray  # (tissues, 3): proton density, T1, T2
 ) -> np.ndarray:  # (tissues, 3, 1)
-    "The state (transverse, longitudinal, 1) of tissues that were left alone."
+    "Return the state (transverse, longitudinal, 1) of tissues that were left alone."
     return np.stack([np.zeros(len(tissue)), tissue[:, 0], np.ones(len(tissue))], 1)[..., None]
 
 # %% ../../nbs/18b_cohort.relaxometry.ipynb #070028
 IMAGE_BEATS = [0, 1, 2, 3, 4, 8, 9, 10]  # the beats of MOLLI 5(3)3 that have an image; inversions precede 0 and 8
 
 def _invert(state, efficiency):
-    "The state after an adiabatic inversion, which spoils the transverse part."
+    "Return the state after an adiabatic inversion, which spoils the transverse part."
     state[:, :2] *= np.array([0, 1 - 2*efficiency])[:, None]
     return state
 
@@ -91,13 +91,13 @@ def molli(
     delays: tuple[float, float] = (100., 180.),  # inversion time of the first image after each inversion, ms
     efficiency: float = 0.96  # share of the magnetisation that an inversion turns
 ) -> tuple[np.ndarray, np.ndarray]:  # signals (tissues, 8) with their sign, inversion times (8,) in ms
-    "Signals of a MOLLI 5(3)3, pulse by pulse."
+    "Compute the signals of a MOLLI 5(3)3, pulse by pulse."
     echo, end = readout_matrices(readout, tissue)
     starts = np.concatenate([[0], np.cumsum(beats)])[IMAGE_BEATS]  # of the trains
-    state, now = equilibrium(tissue), starts[0] - delays[0] + readout.lead - 1.
+    state, now = equilibrium(tissue), starts[0] - delays[0] + readout.lead - 1.  # just before the first inversion
     signals, times = [], []
     for k, start in enumerate(starts):
-        if k in (0, 5):
+        if k in (0, 5):  # the first images after an inversion
             inversion = start + readout.lead - delays[k > 0]
             state, now = _invert(relax(inversion - now, tissue) @ state, efficiency), inversion
         state = relax(start - now, tissue) @ state
@@ -115,7 +115,7 @@ def t2_prepared(
     readout: Readout = Readout(flip=70.),  # of each image
     echoes: tuple[float, ...] = ECHOES  # ms
 ) -> np.ndarray:  # (tissues, images)
-    "Signals of T2-prepared single shots, pulse by pulse."
+    "Compute the signals of T2-prepared single shots, pulse by pulse."
     echo, end = readout_matrices(readout, tissue)
     state, signals = equilibrium(tissue), []
     for k, te in enumerate(echoes):
@@ -133,7 +133,7 @@ def partial_volume(
     signals: np.ndarray,  # (tissues, images)
     fine: int = 3  # points per pixel along each side
 ) -> np.ndarray:  # (images, rows, columns) float32
-    "Signal of each pixel of the acquired matrix: the mean over its points."
+    "Compute the signal of each pixel of the acquired matrix, the mean over its points."
     table = np.ascontiguousarray(signals[SUBSTANCE].T, np.float32)  # (images, regions)
     points = [drawn[i::fine, j::fine] for i in range(fine) for j in range(fine)]
     centre = points[len(points)//2]
@@ -149,7 +149,7 @@ def magnitude(
     sigma: float,  # standard deviation of the noise in each channel
     rng: np.random.Generator  # of the noise
 ) -> np.ndarray:  # (images, rows, columns) float32
-    "Magnitude of a signal with complex Gaussian noise."
+    "Compute the magnitude of a signal with complex Gaussian noise."
     real = rng.standard_normal(signal.shape, np.float32)
     imaginary = rng.standard_normal(signal.shape, np.float32)
     real *= np.float32(sigma)
@@ -159,9 +159,9 @@ def magnitude(
 
 # %% ../../nbs/18b_cohort.relaxometry.ipynb #18bn013
 def coils(
-    patient: Patient  # its matrix, spacing and place of the heart count
+    patient: Patient  # whose matrix, spacing and place of the heart are used
 ) -> np.ndarray:  # (rows, columns) float32, 1 at the left ventricle
-    "Sensitivity of the receiver coils."
+    "Compute the sensitivity of the receiver coils."
     x, y = positions(patient.matrix, patient.spacing)
     x, y = x - patient.centre[0], y - patient.centre[1] + 18
     front_and_back = np.exp(-y/120) + 0.7*np.exp((y - 90)/120)
@@ -172,7 +172,7 @@ def coils(
 T1_STARS = np.geomspace(60, 4500, 16)  # values of T1* that are tried first, ms
 
 def _coarse(s, t):
-    "The best of `T1_STARS` for each pixel; `s`: signals with sign (images, pixels), `t`: their times (images,)."
+    "Choose the best of `T1_STARS` for each pixel; `s`: signals with sign (images, pixels), `t`: their times (images,)."
     decay = np.exp(-t/T1_STARS[:, None])
     decay -= decay.mean(1, keepdims=True)
     decay = (-decay/np.linalg.norm(decay, axis=1, keepdims=True)).astype(np.float32)
@@ -186,7 +186,7 @@ def _coarse(s, t):
 _TINY = np.float32(1e-12)
 
 def _step(tau, e, d, b, norm, centred):
-    "The next T1* (pixels,), from the centred decay `e`, its derivative `d` and the centred signals."
+    "Return the next T1* (pixels,), from the centred decay `e`, its derivative `d` and the centred signals."
     d -= d.mean(0)
     d -= e*((e*d).sum(0)/norm)
     slope = np.where(np.abs(b) > _TINY, b, _TINY)
@@ -195,12 +195,12 @@ def _step(tau, e, d, b, norm, centred):
 
 # %% ../../nbs/18b_cohort.relaxometry.ipynb #18bn018
 def _refine(s, t, tau, steps=3):
-    "A, B, T1* and the sum of squares that the fit leaves, for each pixel."
+    "Return A, B, T1* and the remaining sum of squares for each pixel; `s`: signals with sign, `t`: their times."
     mean_s = s.mean(0)
     centred = s - mean_s
     for step in range(steps + 1):
         x = t[:, None].astype(np.float32)*(-1/tau)
-        e = np.exp(x)
+        e = np.exp(x)  # the decay (images, pixels)
         d = e*x  # = -de/dlog(tau)
         mean = e.mean(0)
         e -= mean
@@ -211,7 +211,7 @@ def _refine(s, t, tau, steps=3):
 
 # %% ../../nbs/18b_cohort.relaxometry.ipynb #18bn043
 def _fit_block(s, t, maximum):
-    "T1 of some pixels from magnitudes (images, pixels) in the order of their times."
+    "Fit T1 of some pixels to magnitudes (images, pixels) in the order of their times."
     k, least = np.arange(len(t))[:, None], s.argmin(0)
     signed = np.concatenate([np.where(k < least + c, -s, s) for c in (-1, 0, 1)], 1)
     a, b, tau, left = (v.reshape(3, -1) for v in _refine(signed, t, _coarse(signed, t)))
@@ -225,7 +225,7 @@ def fit_t1(
     times: np.ndarray,  # (images,) inversion times, ms
     maximum: float = type_named('T1').maximum  # ms; what fits above it is 0
 ) -> np.ndarray:  # (...) float32, ms
-    "T1 with the Look-Locker correction from magnitude images."
+    "Fit T1 with the Look-Locker correction to magnitude images."
     order = np.argsort(times)
     t, flat = np.asarray(times, float)[order], np.asarray(images, np.float32).reshape(len(times), -1)
     out = np.empty(flat.shape[1], np.float32)
@@ -234,7 +234,7 @@ def fit_t1(
 
 # %% ../../nbs/18b_cohort.relaxometry.ipynb #070043
 def _log_line(s, te):
-    "The rate 1/T2 of each pixel from a weighted straight line through the logarithms of its signals (images, pixels)."
+    "Fit a weighted straight line through the logarithms of the signals (images, pixels); return the rate 1/T2."
     w, log = s*s, np.log(s)
     x = te - (w*te).sum(0)/w.sum(0)
     return -(w*x*log).sum(0)/np.maximum((w*x*x).sum(0), _TINY)
@@ -244,9 +244,9 @@ def fit_t2(
     images: np.ndarray,  # (images, ...) magnitudes
     echoes: np.ndarray = ECHOES,  # (images,) T2 preparation, ms
     maximum: float = type_named('T2').maximum,  # ms; what fits above it is 0
-    steps: int = 2  # of Gauss and Newton
+    steps: int = 2  # Gauss-Newton steps
 ) -> np.ndarray:  # (...) float32, ms
-    "T2 from T2-prepared magnitude images."
+    "Fit T2 to T2-prepared magnitude images."
     s = np.maximum(np.asarray(images, np.float32).reshape(len(images), -1), np.float32(1e-6))
     te = np.asarray(echoes, np.float32)[:, None]
     rate = _log_line(s, te)

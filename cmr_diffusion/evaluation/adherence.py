@@ -22,7 +22,7 @@ def _groups(
     label_maps: np.ndarray,  # (N, S, S)
     patients: pd.Series,  # (N,) names
 ) -> np.ndarray:  # (N,) numbers
-    "Slices that share a patient or a mask, directly or through other slices, have one number."
+    "Number the slices; those that share a patient or a mask, directly or through other slices, have one number."
     n = len(label_maps)
     slices = np.tile(np.arange(n), 2)
     patient = n + pd.factorize(patients)[0]  # nodes: n slices, at most n patients, at most n masks
@@ -32,7 +32,7 @@ def _groups(
 
 # %% ../../nbs/63_evaluation.adherence.ipynb #420005
 def _partners(groups, rng):
-    "For each slice a slice of another group, or -1."
+    "Choose a slice of another group for each slice, or -1."
     n = len(groups)
     order, within = rng.random(n), rng.random(3 * n)  # of the slices in a group; of the groups
     row = np.lexsort((order, within[groups]))
@@ -46,9 +46,9 @@ def _partners(groups, rng):
 # %% ../../nbs/63_evaluation.adherence.ipynb #63n017
 def derangement(
     slices: GridSlices,  # N slices; their rows have patient and type
-    seed: int = 0,  # another seed, another derangement
+    seed: int = 0,  # another seed gives another choice
 ) -> np.ndarray:  # (N,) the slice whose mask each slice gets, or -1
-    "For each slice a slice of the same type, but of another patient and with another mask."
+    "Choose for each slice one of the same type, but of another patient and with another mask."
     rng, partner = np.random.default_rng(seed), np.full(len(slices), -1)
     for at in slices.rows.groupby('type').indices.values():
         groups = _groups(slices.label_maps[at], slices.rows.patient.iloc[at])
@@ -63,7 +63,7 @@ def adherence_table(
     real: GridSlices | None = None,  # real slices of the same split, for the upper control
     seed: int = 0,  # of the shuffled control
 ) -> pd.DataFrame:  # images, then the columns of `dice_table`
-    "Dice of what the network reads in synthetic images to the masks that were asked for, with both controls."
+    "Compute the Dice of what the network reads in synthetic images to the masks asked for, with both controls."
     if not len(synthetic):
         raise CMRError('no synthetic image to read; paint some into test masks (cmr_sample --split test)')
     read, partner = segment(model, synthetic.images), derangement(synthetic, seed)

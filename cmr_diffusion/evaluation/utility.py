@@ -20,7 +20,7 @@ from .segmentation import cached_segmentation, SegConfig, segment, Segmenter
 def mean_grey(
     slices: GridSlices,  # real slices
 ) -> GridSlices:  # the same slices; padding is unchanged
-    "Each slice with its structures filled with their mean over all slices of the type."
+    "Fill the structures of every slice with their mean over all slices of the type."
     images = np.array(slices.images)
     for at in slices.rows.groupby('type').indices.values():
         x, y = images[at, 0], slices.label_maps[at]
@@ -33,9 +33,9 @@ def mean_grey(
 def training_sets(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask
-    grey: bool = True,  # with the lower control
+    grey: bool = True,  # whether the lower control is one of them
 ) -> dict[str, GridSlices]:  # name -> slices: 'real', 'synthetic', 'mean grey'
-    "What the networks are trained on; a set without slices is left out."
+    "Collect what the networks are trained on; a set without slices is left out."
     known, painted = real.of('train'), synthetic.of('train')
     check_leak(painted, real)
     sets = {'real': known, 'synthetic': painted}
@@ -48,10 +48,10 @@ def utility_table(
     test: GridSlices,  # real slices of the test split
     config: SegConfig = SegConfig(),  # of every network
     real_model: Segmenter | None = None,  # trained on the real slices with this configuration, if there is one already
-    folder: Path | str | None = None,  # keeps the networks trained on real data; None: nowhere
+    folder: Path | str | None = None,  # keeps the networks trained on real data; None: they are not kept
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
 ) -> pd.DataFrame:  # trained_on, train_slices, then the columns of `dice_table`
-    "Dice on real test images of networks that are trained on different sets."
+    "Compute the Dice on real test images of networks that are trained on different sets."
     if not len(test):
         raise CMRError('the cohort has no usable test slice, so nothing can be tested; check its split')
     parts = []
@@ -71,8 +71,8 @@ def utility(
     synthetic: GridSlices,  # on the same grid; each of the split of its mask
     config: SegConfig = SegConfig(),  # of every network
     real_model: Segmenter | None = None,  # trained on the real training slices with this configuration
-    grey: bool = True,  # with the lower control
-    folder: Path | str | None = None,  # keeps the networks trained on real data; None: nowhere
+    grey: bool = True,  # whether the lower control is trained, too
+    folder: Path | str | None = None,  # keeps the networks trained on real data; None: they are not kept
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
 ) -> Part:  # its table is that of `utility_table`
     "Train on real and on synthetic images, and test on real test patients."

@@ -83,10 +83,8 @@ class GridDataset:
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, float]: return self.sample(int(self.positions[n]))
 
     def sample(self, i: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, float]:
-        "As `CohortCache.sample`, with the value transforms of this dataset."
-        grid = self.cache.grid(i, rng)
-        image = self.values[grid.type].forward(grid.pixels)[None]
-        return image, self.cache.spec.encode(grid.labels, grid.type), np.nan_to_num(grid.mean_spacing)
+        "The slice at position `i` of the cache, with the value transforms of this dataset."
+        return self.cache.sample(i, rng, self.values)
 
 class TrainingStream(GridDataset):
     "The slices of a training as an endless stream: pass after pass in a new order, with new spacings and shifts."

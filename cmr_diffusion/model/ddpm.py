@@ -40,7 +40,7 @@ class DDPMRecipe:
         alphas_cumprod = np.cos((np.arange(T + 1) / T + .008) / 1.008 * math.pi / 2)**2
         return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], .999)
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n038
+# %% ../../nbs/34_model.ddpm.ipynb #34n004
 def schedule_tables(
     recipe: DDPMRecipe,  # whose schedule
 ) -> dict[str, np.ndarray]:  # (T,) float64 each
@@ -55,7 +55,7 @@ def schedule_tables(
         mean_x0=b * before**.5 / (1 - a), mean_x=(1 - before) * (1 - b)**.5 / (1 - a),  # mean of q(x_{t-1} | x_t, x0)
         log_posterior=np.log(np.append(posterior[1], posterior[1:])), log_beta=np.log(b))  # bounds of its log-variance
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n040
+# %% ../../nbs/34_model.ddpm.ipynb #34n006
 @patch
 def sigmas(self: DDPMRecipe,
     steps: int,  # number of steps, 1 to T
@@ -83,7 +83,14 @@ class DDPMDenoiser(Denoiser):
         for name, values in schedule_tables(recipe).items():
             self.register_buffer(name, torch.as_tensor(values, device=device), persistent=False)
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n043
+    def sigmas(self,
+        steps: int,  # number of steps, 1 to T
+        spacing: str = 'trailing',  # or 'leading', see the recipe
+    ) -> Tensor:  # (steps + 1,) falling, the last 0
+        "Noise levels of sampling, those of the recipe."
+        return self.recipe.sigmas(steps, spacing)
+
+# %% ../../nbs/34_model.ddpm.ipynb #34n009
 @patch
 def at(self: DDPMDenoiser,
     t: Tensor,  # (B,) int64, on the device of the network
@@ -102,7 +109,7 @@ def noised(self: DDPMDenoiser,
     signal, spread = self.at(t, 'signal', 'noise')
     return signal * x0 + spread * noise
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n048
+# %% ../../nbs/34_model.ddpm.ipynb #34n014
 @patch
 def time_of(self: DDPMDenoiser,
     sigma: Tensor,  # (B,) noise levels
@@ -114,7 +121,7 @@ def time_of(self: DDPMDenoiser,
     t = (after - 1 + (at - low) / (high - low)).clamp(0, last)
     return torch.where((t - t.round()).abs() < 1e-3, t.round(), t).float()
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n051
+# %% ../../nbs/34_model.ddpm.ipynb #34n017
 @patch
 def forward(self: DDPMDenoiser,
     x: Tensor,  # x0 + sigma noise (B, C, H, W)
@@ -130,16 +137,7 @@ def forward(self: DDPMDenoiser,
     x0 = x - s * noise
     return (x0, v) if variance else x0
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n052
-@patch
-def sigmas(self: DDPMDenoiser,
-    steps: int,  # number of steps, 1 to T
-    spacing: str = 'trailing',  # or 'leading', see the recipe
-) -> Tensor:  # (steps + 1,) falling, the last 0
-    "Noise levels of sampling, those of the recipe."
-    return self.recipe.sigmas(steps, spacing)
-
-# %% ../../nbs/34_model.ddpm.ipynb #34n055
+# %% ../../nbs/34_model.ddpm.ipynb #34n020
 @patch
 def reverse(self: DDPMDenoiser,
     output: Tensor,  # of the network (B, 2C, H, W)
@@ -173,7 +171,7 @@ def discretised_log_likelihood(
     last = torch.where(x > .999, (1 - lower).clamp_min(1e-12).log(), inside)
     return torch.where(x < -.999, upper.clamp_min(1e-12).log(), last)
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n064
+# %% ../../nbs/34_model.ddpm.ipynb #34n029
 def gaussian_kl(
     mean1: Tensor,  # of the first Gaussian, any shape
     log_variance1: Tensor,  # the logarithm of its variance
@@ -184,7 +182,7 @@ def gaussian_kl(
     return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
                   + (mean1 - mean2)**2 * torch.exp(-log_variance2))
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n067
+# %% ../../nbs/34_model.ddpm.ipynb #34n032
 @patch
 def variational_bound(self: DDPMDenoiser,
     output: Tensor,  # of the network at x_t (B, 2C, H, W)
@@ -200,7 +198,7 @@ def variational_bound(self: DDPMDenoiser,
     nll = -discretised_log_likelihood(x0, ours['mean'], 0.5 * ours['log_variance'])
     return torch.where((t == 0)[:, None], nll.flatten(1), kl.flatten(1)).mean(1) / math.log(2)
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n068
+# %% ../../nbs/34_model.ddpm.ipynb #34n033
 @patch
 def draw(self: DDPMDenoiser,
     n: int,  # how many
@@ -209,7 +207,7 @@ def draw(self: DDPMDenoiser,
     "Times for training, all equally likely."
     return torch.randint(self.recipe.steps, (n,), generator=generator)
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n069
+# %% ../../nbs/34_model.ddpm.ipynb #34n034
 @patch
 def loss(self: DDPMDenoiser,
     x0: Tensor,  # (B, C, H, W) in network units
@@ -239,7 +237,7 @@ def make_denoiser(
     recipe, denoiser = RECIPES[name]
     return denoiser(model, recipe(**numbers), precision)
 
-# %% ../../nbs/34_model.ddpm.ipynb #34n073
+# %% ../../nbs/34_model.ddpm.ipynb #34n075
 def recipe_to_json(
     recipe: EDMRecipe | DDPMRecipe,  # of a denoiser
 ) -> dict:  # its name and its numbers

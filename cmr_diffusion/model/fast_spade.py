@@ -71,7 +71,7 @@ def forward(self: FastSPADE, x: Tensor, labels: LabelPyramid, scale=0., shift=0.
     if isinstance(level, Tensor): return dense_norm(self, x, *made.chunk(2, dim=1), scale, shift)
     return fused_norm(x, with_time(made, scale, shift, level.pixels), level.pixels)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n026
+# %% ../../nbs/31_model.fast_spade.ipynb #31n027
 class FastSDM(SDM):
     "The semantic diffusion model after `fast`: the same parameters, the same results."
     keep_mb = 512.  # megabytes for what is kept over the steps of sampling
@@ -102,7 +102,7 @@ class FastSDM(SDM):
         for stage in self.decoder: h = stage(torch.cat([h, skips.pop()], dim=1), time, labels)
         return self.out(self.out_norm(h))
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n028
+# %% ../../nbs/31_model.fast_spade.ipynb #31n029
 @patch
 def pyramid(self: FastSDM,
     labels: Tensor,  # class numbers (B, H, W) integer, or a map (B, K, H, W) float, one-hot or soft
@@ -115,9 +115,10 @@ def pyramid(self: FastSDM,
     if labels.is_floating_point(): classes = None if torch.compiler.is_compiling() else class_numbers(labels)
     if classes is not None:
         return LabelPyramid(shape, {size: self.level(nearest(classes, size), f) for f, size in sizes.items()}, rounds)
-    return LabelPyramid(shape, {size: nearest(labels.to(self.out.weight.dtype), size) for size in sizes.values()}, rounds)
+    soft = labels.to(self.out.weight.dtype)
+    return LabelPyramid(shape, {size: nearest(soft, size) for size in sizes.values()}, rounds)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n030
+# %% ../../nbs/31_model.fast_spade.ipynb #31n031
 @patch
 def level(self: FastSDM,
     classes: Tensor,  # class numbers (B, H, W) at one feature size
@@ -136,7 +137,7 @@ def level(self: FastSDM,
         path = self.measured[case] = self.measure(classes, found, one_hot_map, factor)
     return found if path == 'table' else one_hot_map
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n032
+# %% ../../nbs/31_model.fast_spade.ipynb #31n033
 @patch
 def run_spades(self: FastSDM,
     level: Neighbourhoods | Tensor,  # at one feature size
@@ -168,12 +169,12 @@ def spades(self: FastSDM) -> list[FastSPADE]:
     "The layers that see the label map, in the order in which they run."
     return [m for m in self.modules() if isinstance(m, FastSPADE)]
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n033
+# %% ../../nbs/31_model.fast_spade.ipynb #31n034
 @patch
 def keep(self: FastSDM,
     pyramid: LabelPyramid,  # is handed what the layers make of it
 ):
-    "Makes what the layers read from the labels, for all calls to come; what exceeds `keep_mb` is made again at each call."
+    "Makes what the layers read from the labels, for all calls to come, as far as `keep_mb` reaches."
     room = self.keep_mb * 1e6
     for layer in self.spades:
         rows, columns = pyramid.shape[-2:]
@@ -182,7 +183,7 @@ def keep(self: FastSDM,
         pyramid.kept[layer.number] = made
         room -= made.nbytes
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n035
+# %% ../../nbs/31_model.fast_spade.ipynb #31n036
 FAST = {SDM: FastSDM, SPADE: FastSPADE, GroupNorm: FastGroupNorm, ResBlock: FastResBlock, Resample: FastResample,
         Attention: FastAttention}  # plain class: subclass that computes the same
 
@@ -207,7 +208,7 @@ def number_spades(model: FastSDM):  # changed in place
         if isinstance(layer, ResBlock): layer.norm2.factor = factor
     for number, layer in enumerate(model.spades): layer.number = number
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n036
+# %% ../../nbs/31_model.fast_spade.ipynb #31n037
 def fast(
     model: SDM,  # changed in place
     keep_mb: float = 512.,  # megabytes for what is kept over the steps of sampling
@@ -221,7 +222,7 @@ def fast(
     number_spades(model)
     return model
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n051
+# %% ../../nbs/31_model.fast_spade.ipynb #31n053
 def compile_network(
     model: SDM,  # changed in place; its next call takes minutes
     **options,  # of `torch.compile`

@@ -30,7 +30,7 @@ from ..output import atomic_path, progress
 from .label_maps import mask_grids, mask_rows
 from ..tracking import resolve_run
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n035
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n006
 class Wanted(NamedTuple):
     "An image to be painted."
     row: NamedTuple  # of the cohort table, the source of the label map
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
     grid: GridSlice  # label map, type and spacing; no pixels
     seed: int  # of the image
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n036
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n007
 def wanted_images(
     rows: pd.DataFrame,  # as `mask_rows` gives them
     grids: Iterable[GridSlice],  # one per row, as `mask_grids` gives them
@@ -52,7 +52,7 @@ def wanted_images(
             bare = replace(grid, type=image_type or grid.type, pixels=None)
             yield Wanted(row, n, bare, stable_seed(seed, row.id, n))
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n039
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n010
 def painted_images(
     checkpoint: Checkpoint,  # the trained model
     wanted: Iterable[Wanted],  # what to paint
@@ -66,7 +66,7 @@ def painted_images(
             yield from zip(batch, paint(checkpoint, [w.grid for w in batch], [w.seed for w in batch], **options))
             bar.update(len(batch))
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n041
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n012
 def synthetic_patients(
     rows: pd.DataFrame,  # of the cohort table
     per_mask: int,  # repetitions
@@ -77,7 +77,7 @@ def synthetic_patients(
     keys.sort(key=lambda key: stable_seed('synthetic patient', seed, *key))
     return {key: f'Patient ({i})' for i, key in enumerate(keys, 1)}
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n044
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n015
 def named_slices(
     painted: Iterable[tuple[Wanted, GridSlice]],  # as `painted_images` gives them
     patients: dict[tuple[str, int], str],  # as `synthetic_patients` gives them
@@ -89,7 +89,7 @@ def named_slices(
         n = taken[patient, grid.type, name] = taken.get((patient, grid.type, name), 0) + 1
         yield replace(unplace(grid), patient=patient, name=name if n == 1 else f'{name}_{n}')
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n047
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n018
 def clipped_share(
     grid: GridSlice,  # painted
     maximum: float,  # largest value that the transform of its type gives, in its unit
@@ -106,7 +106,7 @@ def other_spacing(
     if spacing is None: return fixed
     return replace(fixed, spacing=Geometry.parse(geometry.size, spacing).spacing)
 
-# %% ../../nbs/51_synthesis.cohort.ipynb #51n049
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n020
 def ready_model(
     checkpoint: Checkpoint | Path | str,  # or an MLflow run, or a checkpoint folder
     device: str | None,  # for a model that is read; None: a GPU where there is one; a `Checkpoint` stays where it is

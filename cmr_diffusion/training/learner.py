@@ -21,7 +21,7 @@ from ..grid.loaders import GridLoaders, make_dataloaders
 from ..model.checkpoint import Checkpoint
 from ..model.ddpm import recipe_to_json
 from ..model.fast_spade import compile_network, fast as make_fast
-from ..model.sdm import PRESETS
+from ..model.sdm import PRESETS, SDM
 from ..tracking import CHECKPOINT, log_config, open_run, start_run
 from .callbacks import (
     ConditionDropout, EMACallback, Noising, Objective, ShuffledMaskLoss, SigmaQuartileLoss, StreamPosition, TimeBox,
@@ -34,7 +34,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
-# %% ../../nbs/41_training.learner.ipynb #41n004
+# %% ../../nbs/41_training.learner.ipynb #41n005
 @lru_cache
 def temporary_folder() -> Path:
     "A folder of this process, removed at its end."
@@ -47,7 +47,7 @@ def writing_folder() -> Path:
     try: return open_run().folder or temporary_folder()
     except CMRError: return temporary_folder()
 
-# %% ../../nbs/41_training.learner.ipynb #41n006
+# %% ../../nbs/41_training.learner.ipynb #41n007
 def sdm_learner(
     dls: GridLoaders,  # from `make_dataloaders`
     preset: str = 'small',  # size of the network, a key of `PRESETS`
@@ -69,18 +69,20 @@ def sdm_learner(
 ) -> SDMLearner:
     """A fastai `Learner` that trains a semantic diffusion model.
 
-    Everything that the data says (channels, value transforms, geometry) comes with `dls`. The learner is used as any learner
-    of fastai: `lr_find`, `fit_one_cycle`, `validate`, `show_results`, `save`, `load`, and any callback.
+    Everything that the data says (channels, value transforms, geometry) comes with `dls`. The learner is used as any
+    learner of fastai: `lr_find`, `fit_one_cycle`, `validate`, `show_results`, `save`, `load`, and any callback.
 
     Arguments:
         dls: batches of images (B, 1, S, S) in network units, class numbers (B, S, S) and spacing (B,) in mm, as
-            `make_dataloaders` gives them; their device is the learner's. With `init`, they take the checkpoint's value transforms.
+            `make_dataloaders` gives them; their device is the learner's. With `init`, they take the value transforms
+            of the checkpoint.
         preset: 'tiny', 'small', 'base' or 'paper'.
         recipe: 'edm' (Karras et al. 2022), or 'paper': noise prediction with a learned variance, as the published SDM.
         lr: learning rate of `fit`, `fit_one_cycle` and so on where none is given.
         weight_decay: of AdamW; `wd` of fastai.
         drop: share of the training images whose whole condition is dropped, for classifier-free guidance.
-        ema: decay of the averaged weights per step, reached after a warm-up. Validation, `show_results` and `checkpoint` see them.
+        ema: decay of the averaged weights per step, reached after a warm-up. Validation, `show_results` and
+            `checkpoint` see the averaged weights.
         clip: the gradient is scaled down to this norm where it is larger.
         precision: 'float32', 'bfloat16' (the network under autocast, on every device), or 'auto'.
         checkpointing: less memory, a third more time.
@@ -93,8 +95,8 @@ def sdm_learner(
         path: folder for `save` and `lr_find`. It is never the cache.
 
     Returns:
-        The learner. `learn.model.network` is the network in training, `learn.checkpoint` holds the averaged network with
-        all that its numbers mean, for `paint` and `save_checkpoint`.
+        The learner. `learn.model.network` is the network in training; `learn.checkpoint` holds the averaged network
+        with all that its numbers mean, for `paint` and `save_checkpoint`.
 
     Raises:
         CMRError: an unknown preset, recipe or precision, or a checkpoint that does not fit the data.
@@ -114,26 +116,30 @@ def sdm_learner(
         dls, objective, mean_loss, partial(OptimWrapper, opt=torch.optim.AdamW, betas=(.9, .99), fused=True), lr,
         splitter=network_parameters, metrics=metrics, path=path or writing_folder(), wd=weight_decay, train_bn=False,
         cbs=[StreamPosition(), Noising(seed), ConditionDropout(drop, seed), EMACallback(ema), GradientClip(clip), *cbs])
-    learn.checkpoint = Checkpoint(objective.average, dls.spec, dls.values, dls.geometry, dict(precision=denoise.precision))
-    if not len(dls.valid): logger.warning('%s: no validation slices, so there will be no validation loss', dls.cache.folder)
+    info = dict(precision=denoise.precision)
+    learn.checkpoint = Checkpoint(objective.average, dls.spec, dls.values, dls.geometry, info)
+    if not len(dls.valid): logger.warning('%s: no validation slices, so no validation loss', dls.cache.folder)
     return learn
 
-# %% ../../nbs/41_training.learner.ipynb #41n008
+# %% ../../nbs/41_training.learner.ipynb #41n010
 @patch
 def summary(self: SDMLearner):
-    "As fastai's `Learner.summary`, with every layer."
-    network = self.model.average.model
-    network.path = 'dense'
+    "As fastai's `Learner.summary`, with every layer of the network."
+    averaged = self.model.average.model
+    with torch.device('meta'): plain = SDM(averaged.config)
+    plain = plain.to_empty(device=self.dls.device)
+    plain.load_state_dict(averaged.state_dict())
+    self.model.average.model = plain
     try: return Learner.summary(self)
-    finally: del network.path
+    finally: self.model.average.model = averaged
 
 # %% ../../nbs/41_training.learner.ipynb #250005
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training, saved with its run and its checkpoint.
 
-    Say how long to train: `steps`, `minutes`, or both, whichever ends first. The learning rate follows the share that is done,
-    so that it reaches its end either way.
+    Say how long to train: `steps`, `minutes`, or both, whichever ends first. The learning rate follows the share that
+    is done, so that it reaches its end either way.
 
     Arguments:
         preset: size of the network: 'tiny', 'small', 'base' or 'paper'.
@@ -192,7 +198,7 @@ class TrainConfig:
 
 ENDLESS = 10**6  # steps of an epoch that ends by the clock
 
-# %% ../../nbs/41_training.learner.ipynb #41n024
+# %% ../../nbs/41_training.learner.ipynb #41n026
 def config_learner(
     cache: CohortCache,  # from `prepare`
     config: TrainConfig,  # what to train
@@ -218,7 +224,7 @@ def run_callbacks(
     checks = [TrackingCallback(), SampleGrid(learn.checkpoint), CheckpointCallback(learn.checkpoint), ProgressBar()]
     return schedule + checks
 
-# %% ../../nbs/41_training.learner.ipynb #41n026
+# %% ../../nbs/41_training.learner.ipynb #41n028
 def log_settings(
     learn: SDMLearner,  # whose settings to log
     config: TrainConfig,  # of the training
@@ -234,7 +240,7 @@ def log_settings(
     log_config(dict(device=str(learn.dls.device), precision=c.info['precision'], threads=torch.get_num_threads(),
                     million_parameters=round(parameters / 1e6, 2)), 'machine.')
 
-# %% ../../nbs/41_training.learner.ipynb #41n027
+# %% ../../nbs/41_training.learner.ipynb #41n029
 def train(
     cache: CohortCache,  # from `prepare`
     config: TrainConfig,  # what to train, and how long
@@ -246,8 +252,8 @@ def train(
 ) -> tuple[str, Path | None]:  # run id, checkpoint folder (None where a server keeps it)
     """Trains a semantic diffusion model on a cache, all of it in one MLflow run.
 
-    The run gets the configuration, the training loss every 20 steps, and at the end of each of `config.checks` epochs the
-    validation losses, a grid of samples and a checkpoint of the averaged weights. The first grid is that of step 0.
+    The run gets the configuration, the training loss every 20 steps, and at the end of each of `config.checks` epochs
+    the validation losses, a grid of samples and a checkpoint of the averaged weights. The first grid is that of step 0.
 
     Arguments:
         cache: slices of the splits train and val, as `prepare` wrote them.
