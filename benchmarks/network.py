@@ -3,8 +3,9 @@
     python benchmarks/network.py [--width 64] [--sizes 64 128] [--batch 4] [--repeats 5] [--compile]
 
 Every row is timed in this one process, in turns, and only ratios within the run mean something: machines are shared and noisy.
-The first row, dense and float32, is the published mathematics written plainly; it stands in for the original. Peers that are
-not installed (the `bench` extra) are named as missing. The report goes to `benchmarks/results/network_<device>_<width>.md`."""
+The first row, the plain network of chapter 30 in float32, is the published mathematics written plainly; it stands in for the
+original. The rows after it exchange the layers of one speed-up each (chapters 30b and 31). Peers that are not installed (the
+`bench` extra) are named as missing. The report goes to `benchmarks/results/network_<device>_<width>.md`."""
 import argparse, functools, math, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
@@ -15,64 +16,83 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmr_diffusion import sdm
-from cmr_diffusion.grid.condition import Condition
 from cmr_diffusion.core import hold_memory
-from cmr_diffusion.model.edm import EDM, Denoiser, guided
+from cmr_diffusion.grid.condition import Condition
+from cmr_diffusion.model.adm import Attention, GroupNorm, Resample
+from cmr_diffusion.model.edm import EDMDenoiser, Guided
+from cmr_diffusion.model.fast_spade import FastSDM, FastSPADE, compile_network, exchange, fast, number_spades
+from cmr_diffusion.model.fused_layers import FastAttention, FastGroupNorm, FastResample, FastResBlock, with_time
+from cmr_diffusion.model.neighbourhoods import LOOKUP_COST, find_neighbourhoods
 from cmr_diffusion.model.samplers import sample
+from cmr_diffusion.model.sdm import SDM, SPADE, ResBlock, SDMConfig
 
 CLASSES, GUIDANCE, STEPS, PUBLISHED_STEPS = 7, 1.5, 20, 1000
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-OURS = {name: getattr(sdm, name) for name in ('modulate', 'DOUBLED')}
 LAST = dict(memory_format=torch.channels_last)
 
 
 def hearts(size, n, seed=0):
-    "Label classes (n, size, size): background, a ring, its cavity, some padding."
-    rng, (r, c) = np.random.default_rng(seed), np.mgrid[:size, :size]/size
+    "Class numbers (n, size, size): background, a ring, its cavity, some padding."
+    rng, (r, c) = np.random.default_rng(seed), np.mgrid[:size, :size] / size
     maps = np.ones((n, size, size), np.uint8)
     for m in maps:
-        d = np.hypot((r - rng.uniform(.4, .6))*rng.uniform(.9, 1.1), c - rng.uniform(.4, .6))
-        m[d < .25] = 2; m[d < .17] = 3; m[:, int(size*rng.uniform(.9, 1)):] = 0
+        d = np.hypot((r - rng.uniform(.4, .6)) * rng.uniform(.9, 1.1), c - rng.uniform(.4, .6))
+        m[d < .25] = 2
+        m[d < .17] = 3
+        m[:, int(size * rng.uniform(.9, 1)):] = 0
     return torch.from_numpy(maps)
 
 
-def plain_modulate(x, table, rows, groups=32, eps=1e-5, activate=True):
-    "What `sdm.modulate` computes, written plainly, with torch's own gradients."
-    if isinstance(rows, sdm.Pixels): read = F.embedding(rows.index, table).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-    else: read = table[:, :, None, None]
-    return sdm.modulate_plainly(x, *read.chunk(2, 1), groups, eps, activate)
+class LookUpSPADE(FastSPADE):
+    "SPADE with the table of neighbourhoods and no other speed-up: norm, scale and shift with torch's own gradients."
+    def forward(self, x, labels, scale=0., shift=0.):
+        level = labels.levels[tuple(x.shape[2:])]
+        if isinstance(level, torch.Tensor): return super().forward(x, labels, scale, shift)
+        table = with_time(self.table(level), scale, shift, level.pixels)
+        read = F.embedding(level.pixels.index, table).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        factor, summand = read.chunk(2, 1)
+        return F.silu(torch.addcmul(summand.to(x.dtype), self.norm(x), factor.to(x.dtype)))
+
+
+LOOK_UP = {SDM: FastSDM, SPADE: LookUpSPADE}
+NORMS = {GroupNorm: FastGroupNorm, Attention: FastAttention}  # with attention in three plain steps
+ONE_STEP = {ResBlock: FastResBlock, Resample: FastResample}
 
 
 class Variant:
     "The SDM with some of its speed-ups."
-    def __init__(self, width, spade='dense', norms=False, doubled=False, last=False, bf16=False, hold=False, compiled=False, checkpointing=False, spacing=False):
+    def __init__(self, width, classes=None, all_of_them=False, last=False, bf16=False, hold=False, compiled=False,
+                 checkpointing=False, spacing=False):
         torch.manual_seed(0)
-        model = sdm.SDM(sdm.SDMConfig(label_channels=CLASSES, width=width, multipliers=(1, 2, 3, 4), blocks=2, attention=(4, 8), spacing=spacing))
+        model = SDM(SDMConfig(label_channels=CLASSES, width=width, multipliers=(1, 2, 3, 4), blocks=2, attention=(4, 8),
+                              spacing=spacing))
         for p in model.parameters():
             if not p.any(): nn.init.normal_(p, std=.02)  # no layer at zero
         self.model = model.to(DEVICE, **(LAST if last else {}))
-        self.model.spade, self.model.checkpointing = spade, checkpointing
-        self.norms, self.doubled, self.last, self.bf16, self.hold = norms, doubled, last, bf16, hold
+        if all_of_them: fast(self.model)
+        if classes: exchange(self.model, classes)
+        if classes == LOOK_UP:
+            self.model.measured = {}
+            number_spades(self.model)
+        self.model.checkpointing = checkpointing
+        self.last, self.bf16, self.hold = last, bf16, hold
         self.parameters = list(self.model.parameters())
-        if compiled: self.model.compile()
-
-    def set(self):
-        "The state of the module that belongs to this variant."
-        sdm.modulate = OURS['modulate'] if self.norms else plain_modulate
-        sdm.DOUBLED = OURS['DOUBLED'] if self.doubled else math.inf
-        hold_memory(self.hold)
+        if compiled: compile_network(self.model)
 
     def __call__(self, x, t, y):
-        self.set()
+        hold_memory(self.hold)
         if self.last: x = x.contiguous(**LAST)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16): return self.model(x, t, y).float()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
+            labels = self.model.prepare(Condition(y, torch.zeros(len(y), device=y.device), CLASSES))
+            return self.model(x, t, labels).float()
 
 
-ALL = dict(spade='auto', norms=True, doubled=True, last=True, hold=True)
+ALL = dict(all_of_them=True, last=True, hold=True)
 PLAIN, FAST = 'SDM dense, float32, written plainly', 'all, bfloat16'
-VARIANTS = {PLAIN: {}, '+ look-up of neighbourhoods': dict(spade='auto'), '+ norms that read tables': dict(norms=True), '+ up-sampling convolutions in one step': dict(doubled=True),
-            '+ channels last': dict(last=True), '+ memory held': dict(hold=True), '+ bfloat16': dict(bf16=True), 'all, float32': ALL, FAST: ALL | dict(bf16=True)}
+VARIANTS = {
+    PLAIN: {}, '+ look-up of neighbourhoods': dict(classes=LOOK_UP), '+ norms that read tables': dict(classes=NORMS),
+    '+ up-sampling convolutions in one step': dict(classes=ONE_STEP), '+ channels last': dict(last=True),
+    '+ memory held': dict(hold=True), '+ bfloat16': dict(bf16=True), 'all, float32': ALL, FAST: ALL | dict(bf16=True)}
 
 
 class Peer:
@@ -216,7 +236,8 @@ def training_table(size, args, peak_rates):
         rate = f'{work[n]:.0f} | {work[n]/both[n]*1e3:.0f}' if n in work else ' | '
         lines.append(f'| {n} | {forward[n]:.0f} | {forward[PLAIN]/forward[n]:.2f} | {both[n]:.0f} | {both[PLAIN]/both[n]:.2f} | {rate} | {f"{memory[n]:.0f}" if n in memory else ""} |')
     lines += [f'| {n} | | | | | | | |' for n in missing]
-    searched = clock({'search': lambda: [sdm.LabelPyramid(y, CLASSES).neighbourhoods((size >> i,)*2) for i in range(4)]}, args.repeats)['search']
+    def search(): return [find_neighbourhoods(y[:, ::2**i, ::2**i], CLASSES) for i in range(4)]
+    searched = clock({'search': search}, args.repeats)['search']
     shares = [work[n]/both[n]*1e3/peak_rates[d][0] for n, d in (('all, float32', torch.float32), (FAST, torch.bfloat16))]
     lines += ['', f'A training step is {both[PLAIN]/both["all, float32"]:.2f} times faster at equal precision and {both[PLAIN]/both[FAST]:.2f} times with bfloat16. '
               f'Share of the measured convolution rate: {shares[0]:.0%} in float32, {shares[1]:.0%} in bfloat16. The search for neighbourhoods takes {searched:.1f} ms of a step. '
@@ -234,11 +255,16 @@ def sampling_table(size, args):
     def twice(network): return lambda: (network(x, t, y), network(x, t, null if isinstance(network, Variant) else y))  # a peer's null costs the same
     def ours(bf16, spacing=False):
         variant = Variant(args.width, **ALL, spacing=spacing)
-        denoise = guided(Denoiser(variant.model.eval(), EDM(), 'bfloat16' if bf16 else 'float32'), GUIDANCE)
+        inner = EDMDenoiser(variant.model.eval(), precision='bfloat16' if bf16 else 'float32')
+        denoise = Guided(inner, GUIDANCE)
         known = Condition(y, torch.full((args.batch,), 1.5, device=DEVICE), CLASSES) if spacing else condition
         with torch.no_grad(): prepared = denoise.prepare(known)
-        def evaluate(): variant.set(); return denoise(x, 1., prepared)
-        def image(): variant.set(); return sample(denoise, EDM().sigmas(STEPS), known, range(args.batch), (1, size, size), device=DEVICE)
+        def evaluate():
+            hold_memory(True)
+            return denoise(x, 1., prepared)
+        def image():
+            hold_memory(True)
+            return sample(denoise, inner.sigmas(STEPS), known, range(args.batch), (1, size, size), device=DEVICE)
         return evaluate, image
     names = {'ours, float32': ours(False), 'ours, bfloat16': ours(True), 'ours, bfloat16, spacing known (no encoder pass shared)': ours(True, True)}
     rows = {PLAIN + ', two passes': twice(Variant(args.width))} | {n: f[0] for n, f in names.items()}
@@ -264,7 +290,8 @@ def report(args):
     yield (f'{time.strftime("%Y-%m-%d")}. Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two levels, {CLASSES} classes, 1 channel, batch {args.batch}; '
            f'torch {torch.__version__}. Medians of {args.repeats} (images: 1), all rows of a table in turns in one process. `python benchmarks/network.py {" ".join(sys.argv[1:])}`')
     yield (f'The machine in the same run: convolutions {conv32:.0f} GFLOP/s in float32 and {conv16:.0f} in bfloat16, matrix products {mm32:.0f} and {mm16:.0f}; '
-           f'{move32:.0f} and {move16:.0f} multiplications of a convolution in the time of moving one number (`sdm.MOVE` is {sdm.MOVE}).')
+           f'{move32:.0f} and {move16:.0f} multiplications of a convolution in the time of moving one number '
+           f'(`LOOKUP_COST` is {LOOKUP_COST}).')
     for size in args.sizes:
         yield f'## {size} x {size}'
         yield '\n'.join(training_table(size, args, rates))

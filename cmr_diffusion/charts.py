@@ -24,7 +24,7 @@ def _base_to_apex(names):
     "Sort levels from base to apex; all other names follow in the order in which they came."
     return sorted(names, key=lambda name: _LEVELS.index(name) if name in _LEVELS else len(_LEVELS))
 
-# %% ../nbs/01b_charts.ipynb #01bn003
+# %% ../nbs/01b_charts.ipynb #01bn001
 def _tidy(ax, *sides):
     "Remove the frame of an axis on the top, on the right and on further sides."
     ax.spines[['top', 'right', *sides]].set_visible(False)

@@ -19,15 +19,17 @@ from .core import CMRError, choose_device, logger
 def hyphens(
     words: list[str],  # of a command line
 ) -> list[str]:
-    "The words, with hyphens in the names of options however they were typed; the values of options stay as they are."
+    "Put hyphens into the names of options, however they were typed; the values of options stay as they are."
     def one(word):
         name, equals, value = word.partition('=')
         return name.replace('_', '-') + equals + value if word.startswith('--') else word
     return [one(word) for word in words]
 
 # %% ../nbs/70_cli.ipynb #500007
-def command(func):
-    "Decorator that makes a function the command of its name; a wrong call of it ends in one line and exit code 2."
+def command(
+    func,  # the function; the comments beside its parameters are their help
+):
+    "Decorate a function as the command of its name: a wrong call of it ends in one line and exit code 2."
     @wraps(func)
     def checked(*args, **kwargs):
         if not is_cli(): return func(*args, **kwargs)
@@ -56,7 +58,7 @@ def cmr_phantom(
 
 # %% ../nbs/70_cli.ipynb #500012
 def _count(table) -> str:
-    "Usable slices and patients per split, and what was left out."
+    "Count usable slices and patients per split, and what was left out."
     good, bad = table[table.usable], table[~table.usable]
     splits = [(split, good[good.split == split]) for split in ('train', 'val', 'test', 'synthesis')]
     parts = [f'{split} {len(rows)} slices of {rows.patient.nunique()} patients' for split, rows in splits if len(rows)]
@@ -65,7 +67,7 @@ def _count(table) -> str:
     return '; '.join(parts)
 
 def _scales(text: str | None) -> dict | None:
-    "'T2=0.1,T1=1' as type -> scale."
+    "Read 'T2=0.1,T1=1' as type -> scale."
     if not text: return None
     try: scales = {name: float(number) for name, number in (part.split('=') for part in text.split(','))}
     except ValueError: raise CMRError(f'--scale {text}: give type=number, as T2=0.1, several with commas') from None
@@ -74,7 +76,7 @@ def _scales(text: str | None) -> dict | None:
 
 # %% ../nbs/70_cli.ipynb #70n003
 def _read(root: str, layout: str, split: str, seed: int, scale: str | None, observer: int):
-    "The table of a cohort as the options of the commands ask for it."
+    "Read the table of a cohort as the options of the commands ask for it."
     from cmr_diffusion.cohort.table import read_cohort
     options = {} if observer == 1 else dict(observer=observer)
     if options and layout != 'semmelweis':
@@ -82,7 +84,7 @@ def _read(root: str, layout: str, split: str, seed: int, scale: str | None, obse
     return read_cohort(root, layout, split=split, seed=seed, scales=_scales(scale), **options)
 
 def _salt(path: str | None) -> str | None:
-    "The secret in a file (on the command line, it would stay in the history)."
+    "Read the secret in a file."
     if path is None: return None
     try: secret = Path(path).read_text(encoding='utf-8').strip()
     except (OSError, UnicodeDecodeError): secret = ''
@@ -180,7 +182,7 @@ def cmr_train(
 
 # %% ../nbs/70_cli.ipynb #500019
 def _masks(path: str, layout: str):
-    "A cache, or the table of a cohort."
+    "Open a cache, or read the table of a cohort."
     if (Path(path)/'cache.json').is_file():
         from cmr_diffusion.grid.cache import CohortCache
         return CohortCache.load(path)
@@ -211,8 +213,8 @@ def cmr_sample(
     from cmr_diffusion.tracking import resolve_run
     splits = tuple(split.split(',')) if split else None
     settings = dict(type=type, spacing=spacing, guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask)
-    computing = dict(seed=seed, batch_size=batch_size, device=choose_device(device), precision=precision, compile=compile)
-    folder = synthesize(resolve_run(run), _masks(masks, layout), out, splits, **settings, **computing)
+    computing = dict(batch_size=batch_size, device=choose_device(device), precision=precision, compile=compile)
+    folder = synthesize(resolve_run(run), _masks(masks, layout), out, splits, seed=seed, **settings, **computing)
     print(f'{folder}: a synthetic cohort in the Semmelweis layout')
 
 # %% ../nbs/70_cli.ipynb #500020
@@ -245,7 +247,7 @@ def cmr_demo(
     out: str = 'demo',  # folder to work in; the demo's own folders in it are replaced
     minutes: float = 5.0,  # of training; on two cores without a GPU the rest takes about as long
     patients: int = 24,  # of the phantom
-    size: int = 48,  # pixels a side of the grid
+    size: int = 48,  # pixels per side of the grid
     spacing: str = '2.0-3.0',  # mm, drawn per sample in training
     steps: int = 12,  # evaluations of the network per image
     guidance: float = 1.0,  # above 1: closer to the mask, less varied

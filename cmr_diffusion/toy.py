@@ -19,8 +19,8 @@ from .core import (
     CMRError, GridSlices, Slice, stable_seed, type_named)
 
 # %% ../nbs/03_toy.ipynb #03e02
-LEVELS = ('Base', 'Mid', 'Apex')  # names of a toy patient's slices, and how large the heart is there:
-SIZES = (1., .85, .7)
+LEVELS = ('Base', 'Mid', 'Apex')  # names of a toy patient's slices
+SIZES = (1., .85, .7)  # how large the heart is there, relative to the base
 
 def toy_label_map(
     shape: int | tuple[int, int] = 64,  # rows and columns; one number: a square
@@ -28,7 +28,7 @@ def toy_label_map(
     level: int = 1,  # 0 base, 1 mid, 2 apex
     seed: int = 0,  # another seed, other patients
 ) -> np.ndarray:  # (rows, columns) uint8, numbers of `STRUCTURES`
-    "The label map of a drawn short-axis slice."
+    "Draw a heart in the short axis, as a label map."
     rows, columns = (shape, shape) if isinstance(shape, int) else shape
     cavity, wall = np.random.default_rng(stable_seed('toy heart', seed, patient)).uniform((.12, .07), (.17, .1))
     row, column = np.random.default_rng(stable_seed('toy place', seed, patient, level)).uniform(.42, .54, 2)
@@ -55,7 +55,7 @@ def toy_slice(
     noise: float = .04,  # standard deviation, relative to the value of myocardium
     seed: int = 0,  # another seed, other patients
 ) -> Slice:  # pixels in the unit of the type
-    "A drawn slice with its label map."
+    "Draw a slice with its label map."
     labels = toy_label_map(shape, patient, level, seed)
     rng = np.random.default_rng(stable_seed('toy values', seed, patient, image_type))
     values = np.array(VALUES.get(image_type, OTHER)) * (1 + .04 * rng.standard_normal(4))
@@ -72,7 +72,7 @@ def toy_slices(
     levels: tuple[int, ...] = (0, 1, 2),  # base, mid, apex
     **options  # `shape`, `spacing`, `noise`, `seed` of `toy_slice`
 ) -> list[Slice]:
-    "The slices of some toy patients: every type at every level."
+    "Draw the slices of some toy patients: every type at every level."
     return [toy_slice(t, p, z, **options) for p in range(patients) for t in image_types for z in levels]
 
 # %% ../nbs/03_toy.ipynb #03n003
@@ -116,7 +116,7 @@ def tree(
     first: int = 3,  # entries shown per folder
     indent: str = '',  # put before each line
 ) -> str:
-    "The files below a folder as an indented tree."
+    "List the files below a folder as an indented tree."
     entries, lines = sorted(Path(folder).iterdir()), []
     for entry in entries[:first]:
         lines.append(indent + entry.name + ('/' if entry.is_dir() else ''))
@@ -128,7 +128,7 @@ def tree(
 GREY = (-.7, -.1, .6, .5)  # background, wall, left and right cavity, in network units
 
 def _padded_bottom(image, labels):
-    "The image and its label map, their lowest rows turned into padding."
+    "Turn the lowest rows of an image and its label map into padding, and return both."
     padding = -len(labels) // 16
     image[padding:], labels[padding:] = -1, PADDING
     return image, labels
@@ -143,7 +143,7 @@ def toy_grid(
     noise: float = .1,  # standard deviation, network units
     seed: int = 0,  # the same seed, the same arrays
 ) -> GridSlices:
-    "Drawn hearts with their label maps as arrays, of the same shape as `grid_slices` gives."
+    "Draw hearts on the grid: images, label maps and rows, as `grid_slices` gives those of a cohort."
     drawn, rows = [], []
     for p, (t, name) in [(p, each) for p in range(patients) for each in enumerate(image_types)]:
         rng = np.random.default_rng(stable_seed('toy grid', split, seed, p, name))
@@ -163,7 +163,7 @@ def _formula_weights(
     path: str,  # its name
     shape: list[int],  # its shape
 ) -> np.ndarray:  # float32
-    "The weights that a formula gives to the parameter number k."
+    "Compute the weights that a formula gives to parameter number k."
     i = np.arange(math.prod(shape), dtype=np.float64)
     wave = np.sin(.37 * (i + 1) * ((k % 7) + 1) + k)
     if path.endswith('bias'): wave = .05 * wave
@@ -175,7 +175,7 @@ def _formula_weights(
 def golden(
     name: str = 'sdm_a',  # 'sdm_a' or 'sdm_b'
 ) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:  # published configuration; weights and vectors by name
-    "A golden case: what `SDM.from_published` takes, and what must come out."
+    "Read a golden case: what `SDM.from_published` takes, and what must come out."
     folder = Path(cmr_diffusion.__file__).resolve().parents[1]/'tests'/'golden'
     if not (folder/f'{name}.json').is_file():
         raise CMRError(f'{folder}/{name}.json: no such golden case; they come with the repository, in tests/golden')

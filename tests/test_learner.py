@@ -134,6 +134,23 @@ def test_eight_batches_of_one_are_one_batch_of_eight(cache):
     for a, b in zip(whole.gradients, parts.gradients): assert (a - b).abs().max() < 1e-5 * largest
 
 
+def test_the_optimizer(cache):
+    class KeepNorms(Callback):
+        "Norms of the gradient, as the optimizer sees it."
+        order = 12
+        def before_fit(self): self.learn.norms = []
+        def before_step(self):
+            squares = [p.grad.square().sum() for p in self.model.network.parameters()]
+            self.learn.norms.append(torch.stack(squares).sum().sqrt().item())
+    learn = learner(cache, weight_decay=.03, clip=.01)
+    learn.fit(1, 1e-3, cbs=KeepNorms())
+    assert isinstance(learn.opt.opt, torch.optim.AdamW)
+    group = learn.opt.opt.param_groups[0]
+    assert (group['weight_decay'], group['betas'], group['fused'], group['lr']) == (.03, (.9, .99), True, 1e-3)
+    assert len(group['params']) == len(list(learn.model.network.parameters()))  # not the average
+    assert learn.norms == pytest.approx([.01] * 6, rel=1e-3)
+
+
 def test_one_seed_is_one_training(cache):
     def losses(seed):
         learn = learner(cache, seed=seed)
@@ -146,7 +163,7 @@ def test_one_seed_is_one_training(cache):
 
 
 def test_an_epoch_that_begins_later_is_that_epoch(cache):
-    straight, later = learner(cache, drop=0.), learner(cache, drop=0.)
+    straight, later = learner(cache), learner(cache)
     straight.fit(1, 1e-3)
     straight.save('one_epoch')
     later.load('one_epoch')
@@ -247,7 +264,8 @@ def test_steps_and_checks(cache):
         images = [f.path for f in opened.client.list_artifacts(run_id, 'images') if f.path.endswith('.png')]
     assert history['valid/loss'] == history['train/loss'] == [2, 5, 7]
     assert history['train/images'] == [2, 5, 7] and run.data.metrics['train/images'] == 14
-    for name in ('shuffled_masks', 'sigma_q1', 'sigma_q2', 'sigma_q3', 'sigma_q4'): assert f'valid/loss_{name}' in history
+    for part in ('shuffled_masks', 'sigma_q1', 'sigma_q2', 'sigma_q3', 'sigma_q4'):
+        assert history[f'valid/loss_{part}'] == [2, 5, 7]
     assert 'train/learning_rate' in history and 'train/images_per_second' in history
     assert sorted(int(path.split('+step+')[1].split('+')[0]) for path in images) == [0, 2, 5, 7]
     info = load_checkpoint(folder).info

@@ -17,7 +17,7 @@ from .patient import (
     RV_BLOOD, RV_WALL, SPLEEN, TRABECULA, VENOUS)
 from ..core import CMRError, stable_seed
 
-# %% ../../nbs/18a_cohort.anatomy.ipynb #18an000
+# %% ../../nbs/18a_cohort.anatomy.ipynb #18an003
 def positions(
     shape: tuple[int, int],  # rows, columns
     step: tuple[float, float]  # mm between rows and between columns

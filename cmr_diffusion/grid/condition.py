@@ -52,7 +52,7 @@ def structures(
     self: ConditionSpec,
     image_type: str,  # name of the image type
 ) -> tuple[str, ...]:  # in the order of its channels
-    "Structures of a type; `CMRError` where the condition does not know the type."
+    "Return the structures of a type; raise `CMRError` where the condition does not know the type."
     for name, structures in self.types:
         if name == image_type: return structures
     known = ', '.join(name for name, _ in self.types)
@@ -63,8 +63,8 @@ def structures(
 def first(
     self: ConditionSpec,
     image_type: str,  # name of the image type
-) -> int:
-    "Channel of the first structure of a type."
+) -> int:  # number of a channel
+    "Return the channel of the first structure of a type."
     self.structures(image_type)
     names = [name for name, _ in self.types]
     return 1 + sum(len(structures) for _, structures in self.types[:names.index(image_type)])
@@ -75,7 +75,7 @@ def from_table(
     cls: ConditionSpec,
     table: pd.DataFrame,  # cohort table: columns type, structures, and usable where there is one
 ) -> ConditionSpec:
-    "The specification of a cohort; types are ordered by name."
+    "Derive the specification from a cohort table; types are ordered by name."
     if 'usable' in table: table = table[table.usable]
     if not len(table): raise CMRError('the cohort has no usable slice, so there is nothing to condition on')
     seen = {t: set(','.join(rows.unique()).split(',')) for t, rows in table.groupby('type').structures}
@@ -84,7 +84,7 @@ def from_table(
 # %% ../../nbs/21_grid.condition.ipynb #21n012
 @patch
 def to_json(self: ConditionSpec) -> str:
-    "The specification as JSON."
+    "Return the specification as JSON."
     return json.dumps(self.types)
 
 @patch(cls_method=True)
@@ -92,12 +92,12 @@ def from_json(
     cls: ConditionSpec,
     text: str | list,  # what `to_json` gave, or that as a list
 ) -> ConditionSpec:
-    "The specification that `to_json` wrote."
+    "Read the specification that `to_json` wrote."
     return cls(json.loads(text) if isinstance(text, str) else text)
 
 # %% ../../nbs/21_grid.condition.ipynb #090008
 def _look_up(spec: ConditionSpec, image_type: str) -> np.ndarray:  # (256,) uint8
-    "The class number of each label of a type; the null number where the type does not have the label."
+    "Tabulate the class number of each label of a type; it is the null number where the type does not have the label."
     table = np.full(256, spec.null, np.uint8)
     table[PADDING] = 0
     for channel, structure in enumerate(spec.structures(image_type), spec.first(image_type)):
@@ -111,7 +111,7 @@ def encode(
     label_map: np.ndarray,  # any shape, uint8: numbers of `STRUCTURES`, or `PADDING`
     image_type: str,  # name of the image type
 ) -> np.ndarray:  # same shape, uint8: class numbers; 0 is padding
-    "The channel map of a label map, in the channels of a type."
+    "Return the channel map of a label map, in the channels of a type."
     channel_map = _look_up(self, image_type)[label_map]
     unknown = channel_map == self.null
     if not unknown.any(): return channel_map
@@ -127,7 +127,7 @@ def decode(
     self: ConditionSpec,
     channel_map: np.ndarray,  # any shape: class numbers of one slice
 ) -> tuple[np.ndarray, str]:  # label map uint8, name of the image type
-    "The label map and the type that a channel map stands for."
+    "Recover the label map and the type that a channel map stands for."
     for name, structures in self.types:
         own = np.arange(self.first(name), self.first(name) + len(structures))
         table = np.zeros(256, np.uint8)
@@ -142,7 +142,7 @@ def one_hot(
     channel_map: Tensor,  # (B, H, W) integer in [0, channels]
     channels: int,  # of the condition
 ) -> Tensor:  # (B, channels, H, W) float32
-    "The one-hot map; the number `channels`, which says nothing, gives zeros."
+    "Make the one-hot map; the number `channels`, which says nothing, gives zeros."
     numbers = torch.arange(channels, device=channel_map.device)
     return (channel_map[:, None] == numbers[None, :, None, None]).float()
 
@@ -165,12 +165,12 @@ class Condition:
     def __getitem__(self,
         index,  # an int, a slice, or an index or boolean tensor
     ) -> 'Condition':
-        "Some of the batch, as a batch."
+        "Return some of the batch, as a batch."
         if isinstance(index, int): index = [index]
         return replace(self, classes=self.classes[index], spacing=self.spacing[index])
 
     def one_hot(self) -> Tensor:  # (B, channels, H, W) float32
-        "The one-hot map."
+        "Return the one-hot map."
         return one_hot(self.classes, self.channels)
 
 # %% ../../nbs/21_grid.condition.ipynb #21n034
@@ -179,7 +179,7 @@ def to(
     self: Condition,
     device,  # name of a device, or a `torch.device`
 ) -> Condition:
-    "The batch on another device."
+    "Move the batch to a device."
     return replace(self, classes=self.classes.to(device), spacing=self.spacing.to(device))
 
 # %% ../../nbs/21_grid.condition.ipynb #21n035
@@ -188,7 +188,7 @@ def cat(
     cls: Condition,
     conditions: list[Condition],  # of the same number of channels
 ) -> Condition:
-    "One batch of several."
+    "Join several batches into one."
     if len({c.channels for c in conditions}) != 1:
         raise CMRError('conditions with different numbers of channels cannot be one batch; '
                        'encode them with one ConditionSpec')
@@ -201,12 +201,12 @@ def drop(
     self: Condition,
     dropped: Tensor,  # (B,) bool: which samples have no condition
 ) -> Condition:
-    "The batch without the condition, map and spacing, of some samples."
+    "Drop the condition, map and spacing, of some samples."
     dropped = dropped.to(self.classes.device)
     classes = self.classes.masked_fill(dropped[:, None, None], self.channels)
     return replace(self, classes=classes, spacing=self.spacing.masked_fill(dropped, 0.))
 
 @patch
 def null(self: Condition) -> Condition:
-    "As many conditions that say nothing."
+    "Return as many conditions that say nothing."
     return self.drop(torch.ones(len(self), dtype=torch.bool))

@@ -61,7 +61,7 @@ def parse(
     crop: str = 'none',  # 'none' or 'heart'
     jitter: int = 0,  # grid pixels
 ) -> Geometry:
-    "A geometry from the words of the command line."
+    "Read a geometry from the words of the command line."
     if str(spacing) == 'native': return cls(int(size), 'native', crop, int(jitter))
     try: numbers = tuple(float(part) for part in str(spacing).split('-'))
     except ValueError: numbers = ()
@@ -71,7 +71,7 @@ def parse(
 # %% ../../nbs/20a_grid.geometry.ipynb #20an003
 @patch
 def to_json(self: Geometry) -> str:
-    "The geometry as JSON."
+    "Return the geometry as JSON."
     return json.dumps(asdict(self))
 
 @patch(cls_method=True)
@@ -79,7 +79,7 @@ def from_json(
     cls: Geometry,
     text: str | dict,  # what `to_json` gave, or that as a dictionary
 ) -> Geometry:
-    "The geometry that `to_json` wrote."
+    "Read the geometry that `to_json` wrote."
     return cls(**(json.loads(text) if isinstance(text, str) else text))
 
 # %% ../../nbs/20a_grid.geometry.ipynb #080008
@@ -105,11 +105,12 @@ def _axis_span(
     size: int,  # pixels per side of the grid
     centre: float | None,  # native pixel in the middle of a window; None: the axis must fit
 ) -> tuple[float, int] | None:  # native coordinate of grid pixel 0, pixels used; None where it does not fit
-    "Where the grid's pixels lie along one axis of the matrix."
+    "Say where the grid's pixels lie along one axis of the matrix."
     used = max(1, round(length / factor))
     if used <= size: return (length - 1) / 2 - factor * (used - 1) / 2, used
     if centre is None: return None
     before, after = size // 2, size - 1 - size // 2
+    # between these two the middle of a window may lie without the window leaving the matrix
     low, high = (before + .5) * factor - .5, length - .5 - (after + .5) * factor
     return min(max(round(centre), low), high) - before * factor, size
 
@@ -120,7 +121,7 @@ def _taps(
     factor: float,  # grid spacing / native spacing
     length: int,  # native pixels along the axis
 ) -> tuple[np.ndarray, np.ndarray, slice]:  # weights (used, t) float32; taps (used, t); the native pixels needed
-    "Of which native pixels (counted from the first needed) each grid pixel is the mean, and with which weights."
+    "Say of which native pixels (counted from the first needed) each grid pixel is the mean, and with which weights."
     width = max(factor, 1.)
     at = start + factor * np.arange(used)[:, None]
     if factor < 1: at = at.clip(0, length - 1)  # beyond the outer pixel centres: the outer pixel
@@ -136,7 +137,7 @@ def _resample(
     down: tuple[np.ndarray, np.ndarray],  # weights and taps of the rows
     right: tuple[np.ndarray, np.ndarray],  # weights and taps of the columns
 ) -> np.ndarray:  # (rows, columns, ...) float32
-    "Weighted means along the rows, then along the columns."
+    "Take weighted means along the rows, then along the columns."
     for weights, taps in (down, right): image = np.einsum('jt,jt...->j...', weights, image[taps]).swapaxes(0, 1)
     return image
 
@@ -147,7 +148,7 @@ def _seen(
     weights: np.ndarray,  # (used, t)
     taps: np.ndarray,  # (used, t)
 ) -> tuple[slice, slice, tuple[np.ndarray, np.ndarray]]:
-    "The grid pixels along an axis that see the heart, the native pixels that they see, and their weights and taps."
+    "Find the grid pixels along an axis that see the heart, the native pixels that they see, and weights and taps."
     pixels = np.flatnonzero(heart.any(1 - axis)[taps].any(1))
     own = slice(pixels[0], pixels[-1] + 1)
     first, last = taps[own].min(), taps[own].max()
@@ -159,7 +160,7 @@ def _resample_labels(
     down: tuple[np.ndarray, np.ndarray],  # weights and taps of the rows
     right: tuple[np.ndarray, np.ndarray],  # weights and taps of the columns
 ) -> np.ndarray:  # (rows, columns) uint8
-    "The label map whose pixels take the structure with the largest share of them."
+    "Resample a label map: each pixel takes the structure with the largest share of it."
     heart = label_map != BACKGROUND
     out = np.full((len(down[0]), len(right[0])), BACKGROUND, np.uint8)
     if not heart.any(): return out
@@ -200,7 +201,7 @@ def _factors(
     geometry: Geometry,  # of the grid
     rng: np.random.Generator | None,  # draws from a range of spacings; None: its geometric mean
 ) -> tuple[tuple[float, float], tuple[float, float]]:  # native pixels per grid pixel; spacing of the grid, mm
-    "The spacing of the grid, relative to the slice's own and in millimetres."
+    "Choose the spacing of the grid, relative to the slice's own and in millimetres."
     target = geometry.spacing
     if isinstance(target, tuple):
         low, high = np.log(target)
@@ -212,7 +213,7 @@ def _factors(
 
 # %% ../../nbs/20a_grid.geometry.ipynb #20an016
 def _centroid(region: np.ndarray) -> list[float]:  # row, column
-    "Centroid of a region (rows, columns) of True."
+    "Compute the centroid of a region (rows, columns) of True."
     sums = [np.add.reduce(region, 1 - axis, dtype=np.uint16) for axis in (0, 1)]  # pixels in each row, in each column
     return [float((n * np.arange(len(n))).sum() / n.sum()) for n in sums]
 
@@ -222,7 +223,7 @@ def _centre(
     factors: tuple[float, float],  # native pixels per grid pixel
     rng: np.random.Generator | None,  # draws the shift; None: no shift
 ) -> tuple[float, float] | tuple[None, None]:  # native row and column of the window's middle
-    "The heart's centroid, shifted in training."
+    "Choose the middle of the window: the heart's centroid, shifted in training."
     if geometry.crop == 'none': return None, None
     labels, shape = cmr_slice.labels, cmr_slice.pixels.shape
     heart = np.zeros(shape, bool) if labels is None else (labels > BACKGROUND) & (labels < PADDING)
@@ -235,19 +236,19 @@ def _centre(
 
 # %% ../../nbs/20a_grid.geometry.ipynb #20an017
 def _describe(cmr_slice: Slice | GridSlice) -> str:
-    "The slice as an error message names it."
+    "Name the slice as an error message does."
     parts = filter(None, (cmr_slice.patient, cmr_slice.type, cmr_slice.name))
     return 'slice ' + ('/'.join(parts) or '(unnamed)')
 
 def _divisor(cmr_slice: Slice) -> np.float32:
-    "What values are divided by: the robust maximum of the volume for a qualitative type, 1 for a quantitative one."
+    "Return what values are divided by: for a qualitative type the robust maximum of the volume, else 1."
     if type_named(cmr_slice.type).quantitative: return np.float32(1)
     if cmr_slice.robust_max > 0: return np.float32(cmr_slice.robust_max)
     raise CMRError(f'{_describe(cmr_slice)}: {cmr_slice.type} needs the robust maximum of its volume (robust_max); '
                    'read it through a cohort table')
 
 def _padded(values: np.ndarray, size: int, fill: int) -> np.ndarray:  # (size, size)
-    "`values` in the top-left corner of a square grid that holds `fill` elsewhere."
+    "Put `values` into the top-left corner of a square grid that holds `fill` elsewhere."
     grid = np.full((size, size), fill, values.dtype)
     grid[:values.shape[0], :values.shape[1]] = values
     return grid
@@ -258,13 +259,14 @@ def place(
     geometry: Geometry,  # of the grid
     rng: np.random.Generator | None = None,  # draws spacing and shift for training; None: geometric mean, no shift
 ) -> GridSlice:
-    "The slice on the network's grid: acquired pixels top-left, padding elsewhere; `CMRError` where it does not fit."
+    "Lay a slice on the network's grid, with padding around its pixels; raise `CMRError` where it does not fit."
     shape, labels = cmr_slice.pixels.shape, cmr_slice.labels
     check_fit(shape, cmr_slice.spacing, geometry, _describe(cmr_slice))
     factors, spacing = _factors(cmr_slice, geometry, rng)
     centres = _centre(cmr_slice, geometry, factors, rng)
     spans = [_axis_span(n, f, geometry.size, c) for n, f, c in zip(shape, factors, centres)]
-    (*down, rows), (*right, columns) = [_taps(*span, f, n) for span, f, n in zip(spans, factors, shape)]
+    *down, rows = _taps(*spans[0], factors[0], shape[0])
+    *right, columns = _taps(*spans[1], factors[1], shape[1])
     pixels = cmr_slice.pixels[rows, columns].astype(np.float32)
     labels = np.zeros(pixels.shape, np.uint8) if labels is None else labels[rows, columns].astype(np.uint8)
     if factors != (1., 1.): pixels, labels = _resample(pixels, down, right), _resample_labels(labels, down, right)
@@ -276,7 +278,7 @@ def place(
 def unplace(
     grid_slice: GridSlice,  # as `place` gives it, or painted into its label map
 ) -> Slice:  # pixels relative to the robust maximum for qualitative types, hence `robust_max` 1
-    "The slice within the padding, with the spacing of the grid."
+    "Cut the slice out of its padding; its spacing is that of the grid."
     inside = grid_slice.labels != PADDING
     if not inside.any():
         raise CMRError(f'{_describe(grid_slice)}: the grid holds nothing but padding; give a placed slice')

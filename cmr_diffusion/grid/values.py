@@ -27,7 +27,7 @@ class ValueTransform:
 
     @property
     def _c(self) -> float:
-        "The constant c, with which the slope is continuous at the knee."
+        "The constant c of the equation, with which the slope is continuous at the knee."
         return self.shoulder * self.knee / (2 - self.shoulder)
 
 # %% ../../nbs/20b_grid.values.ipynb #20bn024
@@ -37,7 +37,7 @@ def fit(
     values: np.ndarray,  # any shape: values inside the heart (training split), in the unit (qualitative: relative)
     image_type: str,  # name of the image type
 ) -> ValueTransform:
-    "The transform whose knee lies 5 % above the 99.5th percentile of the heart's values."
+    "Fit the transform: its knee lies 5 % above the 99.5th percentile of the heart's values."
     values = np.asarray(values, np.float32).ravel()
     knee = 1.05 * float(np.percentile(values, 99.5)) if values.size else 0.
     if not knee > 0:
@@ -53,7 +53,7 @@ def forward(
     self: ValueTransform,
     v: Any,  # numpy array, tensor or number, in the type's unit
 ) -> Any:  # the same kind and shape, network units
-    "Network units of values."
+    "Convert values to network units."
     xp = torch if isinstance(v, torch.Tensor) else np
     above = 1 - self._c / (xp.clip(v, self.knee, None) - self.knee + self._c)
     line = -1 + (2 - self.shoulder) / self.knee * v
@@ -65,26 +65,17 @@ def inverse(
     self: ValueTransform,
     u: Any,  # numpy array, tensor or number, network units
 ) -> Any:  # the same kind and shape, in the type's unit, at most `maximum`
-    "Values of network units, limited to `maximum`."
+    "Convert network units to values, limited to `maximum`."
     xp = torch if isinstance(u, torch.Tensor) else np
     u = xp.clip(u, None, float(self.forward(self.maximum)))
     at_knee = 1 - self.shoulder
     w = (xp.clip(u, at_knee, None) - at_knee) / self.shoulder
     return xp.where(u <= at_knee, (u + 1) * (self.knee / (2 - self.shoulder)), self.knee + self._c * w / (1 - w))
 
-# %% ../../nbs/20b_grid.values.ipynb #20bn037
-@patch
-def clipped(
-    self: ValueTransform,
-    u: Any,  # numpy array or tensor, network units
-) -> float:  # in [0, 1]
-    "Share of pixels that `inverse` limits to `maximum`."
-    return float((u > float(self.forward(self.maximum))).sum()) / math.prod(u.shape)
-
 # %% ../../nbs/20b_grid.values.ipynb #20bn041
 @patch
 def to_json(self: ValueTransform) -> str:
-    "The transform as JSON."
+    "Return the transform as JSON."
     return json.dumps(asdict(self))
 
 @patch(cls_method=True)
@@ -92,5 +83,5 @@ def from_json(
     cls: ValueTransform,
     text: str | dict,  # what `to_json` gave, or that as a dictionary
 ) -> ValueTransform:
-    "The transform that `to_json` wrote."
+    "Read the transform that `to_json` wrote."
     return cls(**(json.loads(text) if isinstance(text, str) else text))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['sinusoid', 'GroupNorm', 'zeroed', 'Attention', 'Resample']
 
-# %% ../../nbs/29_model.adm.ipynb #29n003
+# %% ../../nbs/29_model.adm.ipynb #29n022
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/29_model.adm.ipynb #29n006
+# %% ../../nbs/29_model.adm.ipynb #29n025
 def sinusoid(
     t: Tensor,  # positions (B,), useful over about 0 to 1000
     width: int,  # length of the embedding, even
@@ -24,7 +24,7 @@ def sinusoid(
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-# %% ../../nbs/29_model.adm.ipynb #29n010
+# %% ../../nbs/29_model.adm.ipynb #29n029
 class GroupNorm(nn.GroupNorm):
     "Group norm, scaled and shifted by the time, then SiLU."
     def forward(self,
@@ -35,7 +35,7 @@ class GroupNorm(nn.GroupNorm):
     ) -> Tensor:  # (B, C, H, W)
         return F.silu(super().forward(x) * (1 + scale) + shift)
 
-# %% ../../nbs/29_model.adm.ipynb #29n013
+# %% ../../nbs/29_model.adm.ipynb #29n032
 def zeroed(
     module: nn.Module,  # changed in place
 ) -> nn.Module:  # the same object
@@ -43,7 +43,7 @@ def zeroed(
     for p in module.parameters(): nn.init.zeros_(p)
     return module
 
-# %% ../../nbs/29_model.adm.ipynb #29n016
+# %% ../../nbs/29_model.adm.ipynb #29n035
 class Attention(nn.Module):
     "Self-attention over the pixels of a feature map."
     attend = staticmethod(F.scaled_dot_product_attention)
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         h = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
         return x + self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
-# %% ../../nbs/29_model.adm.ipynb #29n039
+# %% ../../nbs/29_model.adm.ipynb #29n042
 class Resample(nn.Module):
     "A convolution that halves or doubles the size of a feature map."
     def __init__(self,

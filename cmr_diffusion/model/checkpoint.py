@@ -51,7 +51,7 @@ def denoiser(self: Checkpoint,
     guidance: float = 1.,  # s >= 0; 1 is the plain model
     precision: str = 'float32',  # or 'bfloat16'
 ) -> Guided:
-    "`denoise(x, sigma, prepared)` of this model, ready to sample."
+    "Return the denoiser of this model, ready to sample: `denoise(x, sigma, prepared)`."
     return Guided(type(self.denoise)(self.model.eval(), self.recipe, precision), guidance)
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n000
@@ -61,7 +61,7 @@ def save_checkpoint(
     folder: Path | str,  # replaced as a whole
     checkpoint: Checkpoint,  # its network may be on any device
 ) -> Path:  # the folder
-    "Writes a checkpoint, whole or not at all."
+    "Write a checkpoint, whole or not at all."
     c = checkpoint
     config = dict(format=FORMAT, cmr_diffusion=__version__, model=asdict(c.model.config),
                   recipe=recipe_to_json(c.recipe), spec=c.spec.types,
@@ -76,7 +76,7 @@ def save_checkpoint(
 def read_config(
     folder: Path,  # checkpoint folder
 ) -> dict:
-    "The configuration of a checkpoint; `CMRError` in one line where there is none that this version reads."
+    "Read the configuration of a checkpoint; raise `CMRError` where there is none that this version reads."
     try: config = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError):
         raise CMRError(f'{folder}: not a checkpoint (no readable config.json); '
@@ -91,7 +91,7 @@ def load_weights(
     weights: dict[str, torch.Tensor],  # a state dict
     source: Path | str,  # named in the error
 ):
-    "Loads weights of the same network; `CMRError` says in one line what differs otherwise."
+    "Load weights of the same network; where they are of another one, raise `CMRError` that says what differs."
     own = model.state_dict()
     different = [k for k in own if k not in weights or weights[k].shape != own[k].shape]
     different += [k for k in weights if k not in own]

@@ -34,7 +34,7 @@ class DDPMRecipe:
         raise CMRError(f"noise schedule {self.schedule!r}: use 'linear' or 'cosine'")
 
     def betas(self) -> np.ndarray:  # (T,) float64
-        "The variance that each step adds."
+        "Compute the variance that each step adds."
         T = self.steps
         if self.schedule == 'linear': return np.linspace(1e-4, .02, T) * (1000 / T)
         alphas_cumprod = np.cos((np.arange(T + 1) / T + .008) / 1.008 * math.pi / 2)**2
@@ -44,7 +44,7 @@ class DDPMRecipe:
 def schedule_tables(
     recipe: DDPMRecipe,  # whose schedule
 ) -> dict[str, np.ndarray]:  # (T,) float64 each
-    "What the equations need at each t."
+    "Tabulate what the equations need at each t."
     b = recipe.betas()
     a = np.cumprod(1 - b)
     before = np.append(1., a[:-1])
@@ -61,7 +61,7 @@ def sigmas(self: DDPMRecipe,
     steps: int,  # number of steps, 1 to T
     spacing: str = 'trailing',  # 'trailing': from t = T - 1; 'leading': down to t = 0, as the published DDIM
 ) -> Tensor:  # (steps + 1,) float32, falling, the last 0
-    "Noise levels at evenly spaced times."
+    "Compute the noise levels at evenly spaced times."
     T = self.steps
     if not 1 <= steps <= T: raise CMRError(f'{steps} sampling steps: use 1 to {T}')
     t = np.arange(steps) * T // steps
@@ -87,7 +87,7 @@ class DDPMDenoiser(Denoiser):
         steps: int,  # number of steps, 1 to T
         spacing: str = 'trailing',  # or 'leading', see the recipe
     ) -> Tensor:  # (steps + 1,) falling, the last 0
-        "Noise levels of sampling, those of the recipe."
+        "Return the noise levels of sampling, those of the recipe."
         return self.recipe.sigmas(steps, spacing)
 
 # %% ../../nbs/34_model.ddpm.ipynb #34n009
@@ -96,7 +96,7 @@ def at(self: DDPMDenoiser,
     t: Tensor,  # (B,) int64, on the device of the network
     *names: str,  # of `schedule_tables`
 ) -> list[Tensor]:  # (B, 1, 1, 1) float32 each
-    "Entries of the tables for a batch of times."
+    "Look up entries of the tables for a batch of times."
     return [per_image(getattr(self, name)[t], t) for name in names]
 
 @patch
@@ -105,7 +105,7 @@ def noised(self: DDPMDenoiser,
     t: Tensor,  # (B,) int64
     noise: Tensor,  # (B, C, H, W) standard normal
 ) -> Tensor:  # x_t (B, C, H, W)
-    "x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."
+    "Add noise: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."
     signal, spread = self.at(t, 'signal', 'noise')
     return signal * x0 + spread * noise
 
@@ -114,7 +114,7 @@ def noised(self: DDPMDenoiser,
 def time_of(self: DDPMDenoiser,
     sigma: Tensor,  # (B,) noise levels
 ) -> Tensor:  # (B,) float32
-    "The (fractional) t at which the noise level is `sigma`, without a round trip to the host."
+    "Find the (fractional) t at which the noise level is `sigma`, without asking the device for a number."
     at, last = sigma.double().log(), self.recipe.steps - 1
     after = torch.searchsorted(self.log_sigma, at).clamp(1, last)
     low, high = self.log_sigma[after - 1], self.log_sigma[after]
@@ -128,8 +128,8 @@ def forward(self: DDPMDenoiser,
     sigma: float | Tensor,  # one number, or one per image (B,)
     prepared: Prepared,  # from `prepare`
     variance: bool = False,  # also return the learned variance (B, C, H, W) in [-1, 1]
-) -> Tensor:  # estimate of x0 (B, C, H, W)
-    "The estimate of the image without noise, not clipped."
+) -> Tensor:  # estimate of x0 (B, C, H, W); with `variance` a pair of it and the variance
+    "Estimate the image without noise; the estimate is not clipped."
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
     s = per_image(sigma, x)
     output = self.network(x / (1 + s**2).sqrt(), self.time_of(sigma) * (1000 / self.recipe.steps), prepared)
@@ -145,7 +145,7 @@ def reverse(self: DDPMDenoiser,
     t: Tensor,  # (B,) int64
     clip: tuple[float, float] | None = (-1., 1.),  # range that the estimate is limited to; None: any
 ) -> dict[str, Tensor]:  # 'mean', 'log_variance', 'x0', (B, C, H, W) each
-    "Mean and log-variance of the reverse step, and the estimate of x0."
+    "Compute mean and log-variance of the reverse step, and the estimate of x0."
     noise, v = output.chunk(2, dim=1)
     x0_of_x, x0_of_noise, mean_x0, mean_x = self.at(t, 'x0_of_x', 'x0_of_noise', 'mean_x0', 'mean_x')
     low, high = self.at(t, 'log_posterior', 'log_beta')
@@ -156,7 +156,7 @@ def reverse(self: DDPMDenoiser,
 
 # %% ../../nbs/34_model.ddpm.ipynb #34n001
 def _cdf(x: Tensor) -> Tensor:
-    "The distribution function of a standard normal variable, in the approximation of the published code."
+    "Compute the distribution function of the standard normal, in the approximation of the published code."
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 def discretised_log_likelihood(
@@ -164,7 +164,7 @@ def discretised_log_likelihood(
     mean: Tensor,  # of the Gaussian, same shape
     log_scale: Tensor,  # logarithm of its standard deviation, same shape
 ) -> Tensor:  # nats, same shape
-    "Log-likelihood of 8-bit grey values under a Gaussian (half-bins of 1/255, open at both ends)."
+    "Compute the log-likelihood of 8-bit grey values under a Gaussian (half-bins of 1/255, open at both ends)."
     centred, inverse = x - mean, torch.exp(-log_scale)
     upper, lower = _cdf(inverse * (centred + 1/255)), _cdf(inverse * (centred - 1/255))
     inside = (upper - lower).clamp_min(1e-12).log()
@@ -178,7 +178,7 @@ def gaussian_kl(
     mean2: Tensor,  # of the second Gaussian
     log_variance2: Tensor,  # the logarithm of its variance
 ) -> Tensor:  # nats
-    "Kullback-Leibler divergence of the first Gaussian from the second."
+    "Compute the Kullback-Leibler divergence of the first Gaussian from the second."
     return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
                   + (mean1 - mean2)**2 * torch.exp(-log_variance2))
 
@@ -190,7 +190,7 @@ def variational_bound(self: DDPMDenoiser,
     x: Tensor,  # x_t (B, C, H, W)
     t: Tensor,  # (B,) int64
 ) -> Tensor:  # (B,) bits per pixel
-    "The variational bound of one step (arXiv 2102.09672, eq. 4 to 6), mean detached."
+    "Compute the variational bound of one step (arXiv 2102.09672, eq. 4 to 6), with the mean detached."
     predicted, v = output.chunk(2, dim=1)
     ours = self.reverse(torch.cat([predicted.detach(), v], dim=1), x, t, clip=None)
     mean_x0, mean_x, log_posterior = self.at(t, 'mean_x0', 'mean_x', 'log_posterior')
@@ -204,7 +204,7 @@ def draw(self: DDPMDenoiser,
     n: int,  # how many
     generator: torch.Generator | None = None,  # None: that of PyTorch
 ) -> Tensor:  # (n,) int64 in [0, T), on the CPU
-    "Times for training, all equally likely."
+    "Draw times for training, all equally likely."
     return torch.randint(self.recipe.steps, (n,), generator=generator)
 
 # %% ../../nbs/34_model.ddpm.ipynb #34n034
@@ -215,7 +215,7 @@ def loss(self: DDPMDenoiser,
     t: Tensor,  # (B,) from `draw`
     noise: Tensor,  # (B, C, H, W) standard normal
 ) -> dict[str, Tensor]:  # 'loss', 'mse', 'vb' (bits), (B,) each
-    "Squared error of the noise plus the bound of one step."
+    "Compute the squared error of the noise plus the bound of one step."
     t = t.to(x0.device)
     x = self.noised(x0, t, noise)
     output = self.network(x, t.float() * (1000 / self.recipe.steps), self.prepare(condition))
@@ -232,7 +232,7 @@ def make_denoiser(
     precision: str = 'float32',  # 'float32' or 'bfloat16'
     **numbers  # fields of the recipe
 ) -> EDMDenoiser | DDPMDenoiser:
-    "The denoiser of that recipe around a network."
+    "Make the denoiser of a recipe around a network."
     if name not in RECIPES: raise CMRError(f'recipe {name!r}: choose one of {", ".join(RECIPES)}')
     recipe, denoiser = RECIPES[name]
     return denoiser(model, recipe(**numbers), precision)
@@ -241,5 +241,5 @@ def make_denoiser(
 def recipe_to_json(
     recipe: EDMRecipe | DDPMRecipe,  # of a denoiser
 ) -> dict:  # its name and its numbers
-    "A recipe as plain data; `make_denoiser(model=model, **data)` reads it."
+    "Return a recipe as plain data; `make_denoiser(model=model, **data)` reads it."
     return {'name': recipe.name, **asdict(recipe)}

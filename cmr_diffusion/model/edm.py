@@ -28,12 +28,12 @@ def per_image(
     v: Tensor | float,  # (B,), or one number
     like: Tensor,  # a tensor on the device to use
 ) -> Tensor:  # (B or 1, 1, 1, 1) float32
-    "Numbers of the images, ready to be multiplied with a batch of images."
+    "Shape numbers, one per image, so that a batch of images can be multiplied with them."
     return torch.as_tensor(v, dtype=torch.float32, device=like.device).reshape(-1, 1, 1, 1)
 
 # %% ../../nbs/33_model.edm.ipynb #33n006
 class Denoiser(nn.Module):
-    "A network and the precision that it runs in; what EDM and DDPM make of its output is theirs."
+    "A network and the precision that it runs in; EDM and DDPM each say what its input and its output mean."
     clip = None  # range that sampling limits its estimates to, or None
 
     def __init__(self,
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
     def autocast(self,
         device: torch.device,  # where the network runs
     ):
-        "The context in which the network runs."
+        "Return the context in which the network runs."
         return torch.autocast(device.type, torch.bfloat16) if self.precision == 'bfloat16' else nullcontext()
 
 # %% ../../nbs/33_model.edm.ipynb #33n008
@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
 def prepare(self: Denoiser,
     *conditions: Condition,  # of the same B images; guidance has two
 ) -> Prepared:  # those of one condition after those of the other
-    "The conditions, ready for many calls."
+    "Make conditions ready for many calls."
     spacing = torch.cat([c.spacing for c in conditions])
     with self.autocast(spacing.device): return Prepared(self.model.prepare(*conditions), spacing)
 
@@ -67,7 +67,7 @@ def network(self: Denoiser,
     t: Tensor,  # time (B,) or (1,), 0 to 1000
     prepared: Prepared,  # from `prepare`
 ) -> Tensor:  # (B, C', H, W) float32
-    "The raw output of the network."
+    "Return the raw output of the network."
     x = x.contiguous(memory_format=torch.channels_last)
     with self.autocast(x.device):
         return self.model(x, t.expand(len(x)), prepared.labels, prepared.spacing).float()
@@ -89,7 +89,7 @@ class EDMRecipe:
 def sigmas(self: EDMRecipe,
     steps: int,  # number of steps, at least 1
 ) -> Tensor:  # (steps + 1,) float32, falling from `sigma_max` over `sigma_min` to 0
-    "Noise levels of sampling (eq. 5)."
+    "Compute the noise levels of sampling (eq. 5)."
     if steps < 1: raise CMRError(f'{steps} sampling steps: at least one is needed')
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
     low, high = self.sigma_min**(1/self.rho), self.sigma_max**(1/self.rho)
@@ -111,7 +111,7 @@ class EDMDenoiser(Denoiser):
     def sigmas(self,
         steps: int,  # number of steps, at least 1
     ) -> Tensor:  # (steps + 1,) falling, the last 0
-        "Noise levels of sampling, those of the recipe."
+        "Return the noise levels of sampling, those of the recipe."
         return self.recipe.sigmas(steps)
 
 # %% ../../nbs/33_model.edm.ipynb #33n018
@@ -119,7 +119,7 @@ class EDMDenoiser(Denoiser):
 def scalings(self: EDMDenoiser,
     sigma: Tensor,  # (B,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (B,) each
-    "c_skip, c_out, c_in, and c_noise as a position on the sinusoids (0 to 1000)."
+    "Compute c_skip, c_out, c_in (table 1), and c_noise as a position on the sinusoids (0 to 1000)."
     r = self.recipe
     total = (sigma**2 + r.sigma_data**2).sqrt()
     low, high = math.log(r.sigma_min), math.log(r.sigma_max)
@@ -133,8 +133,8 @@ def forward(self: EDMDenoiser,
     sigma: float | Tensor,  # one number, or one per image (B,)
     prepared: Prepared,  # from `prepare`
     variance: bool = False,  # also return the learned variance, which EDM does not have: None
-) -> Tensor:  # estimate of x0 (B, C, H, W)
-    "The estimate of the image without noise (eq. 7)."
+) -> Tensor:  # estimate of x0 (B, C, H, W); with `variance` a pair of it and None
+    "Estimate the image without noise (eq. 7)."
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
     skip, out, scale, t = self.scalings(sigma)
     skip, out, scale = (per_image(v, x) for v in (skip, out, scale))
@@ -147,7 +147,7 @@ def draw(self: EDMDenoiser,
     n: int,  # how many
     generator: torch.Generator | None = None,  # None: that of PyTorch
 ) -> Tensor:  # (n,) sigma, on the CPU
-    "Noise levels for training, from a log-normal distribution."
+    "Draw noise levels for training, from a log-normal distribution."
     return (self.recipe.p_mean + self.recipe.p_std * torch.randn(n, generator=generator)).exp()
 
 # %% ../../nbs/33_model.edm.ipynb #33n031
@@ -158,7 +158,7 @@ def loss(self: EDMDenoiser,
     sigma: Tensor,  # (B,) from `draw`
     noise: Tensor,  # (B, C, H, W) standard normal
 ) -> dict[str, Tensor]:  # 'loss' (B,)
-    "Equation 8 with the weight of table 1: the squared error of the raw network."
+    "Compute equation 8 with the weight of table 1: the squared error of the raw network."
     sigma = sigma.to(x0.device)
     skip, out, scale, t = self.scalings(sigma)
     skip, out, scale, level = (per_image(v, x0) for v in (skip, out, scale, sigma))
@@ -181,7 +181,7 @@ class Guided:
     def prepare(self,
         condition: Condition,  # of B images
     ) -> Prepared:  # of B or 2B
-        "The conditions of the passes that this scale needs."
+        "Prepare the conditions of the passes that this scale needs."
         if self.scale == 0: return self.denoise.prepare(condition.null())
         if self.scale == 1: return self.denoise.prepare(condition)
         return self.denoise.prepare(condition, condition.null())
@@ -193,8 +193,8 @@ def __call__(self: Guided,
     sigma: float | Tensor,  # one number, or one per image (B,)
     prepared: Prepared,  # from `prepare`
     variance: bool = False,  # also return the learned variance (or None), that of the pass with the condition
-) -> Tensor:  # estimate of x0 (B, C, H, W)
-    "The guided estimate of the image without noise."
+) -> Tensor:  # estimate of x0 (B, C, H, W); with `variance` a pair of it and the variance
+    "Compute the guided estimate of the image without noise."
     if self.scale in (0, 1): return self.denoise(x, sigma, prepared, variance)
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
     x0, v = self.denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), prepared, True)

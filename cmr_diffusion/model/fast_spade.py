@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAST', 'FastSPADE', 'dense_norm', 'FastSDM', 'exchange', 'number_spades', 'fast', 'compile_network']
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n012
+# %% ../../nbs/31_model.fast_spade.ipynb #31n003
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .neighbourhoods import (
     LabelPyramid, Neighbourhoods, choose_fastest, class_numbers, find_neighbourhoods, nearest, table_is_cheaper)
 from .sdm import SDM, SPADE, ResBlock
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n016
+# %% ../../nbs/31_model.fast_spade.ipynb #31n007
 class FastSPADE(SPADE):
     "SPADE that computes gamma and beta once for each distinct neighbourhood; normalising and scaling are one step."
     number, factor = 0, 1  # of the layer in its network; down-sampling factor of its features
@@ -49,7 +49,7 @@ class FastSPADE(SPADE):
         bias = self.gamma_beta.bias + torch.arange(C2, device=taps.device).lt(C2 // 2)
         return gather(gather(taps, found.taps) + bias.to(taps.dtype), found.neighbourhood_of)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n021
+# %% ../../nbs/31_model.fast_spade.ipynb #31n057
 @patch
 def modulation(self: FastSPADE,
     level: Neighbourhoods | Tensor,  # of the label pyramid
@@ -57,21 +57,33 @@ def modulation(self: FastSPADE,
     "What the label map makes of this layer; it does not depend on the time."
     return self.gamma_beta(F.relu(self.shared(level))) if isinstance(level, Tensor) else self.table(level)
 
-def dense_norm(layer: SPADE, x: Tensor, gamma: Tensor, beta: Tensor, scale, shift) -> Tensor:  # shapes as in `SPADE`
+def dense_norm(
+    layer: SPADE,  # whose norm to use
+    x: Tensor,  # features (B, C, H, W)
+    gamma: Tensor,  # (B, C, H, W)
+    beta: Tensor,  # (B, C, H, W)
+    scale: Tensor | float,  # (B, C, 1, 1) from the time; a number: there is none
+    shift: Tensor | float,  # (B, C, 1, 1) from the time
+) -> Tensor:  # (B, C, H, W)
     "SPADE's equation as it stands, with fewer copies."
     z = torch.addcmul(beta.to(x.dtype), layer.norm(x), (1 + gamma).to(x.dtype))
     if isinstance(scale, Tensor): z = torch.addcmul(shift.to(x.dtype), z, (1 + scale).to(x.dtype))
     return F.silu(z)
 
 @patch
-def forward(self: FastSPADE, x: Tensor, labels: LabelPyramid, scale=0., shift=0.) -> Tensor:
+def forward(self: FastSPADE,
+    x: Tensor,  # features (B, C, H, W)
+    labels: LabelPyramid,  # from `FastSDM.prepare`
+    scale: Tensor | float = 0.,  # (B, C, 1, 1) from the time
+    shift: Tensor | float = 0.,  # (B, C, 1, 1) from the time
+) -> Tensor:  # (B, C, H, W)
     level, made = labels.levels[tuple(x.shape[2:])], None
     if not torch.is_grad_enabled(): made = labels.kept.get(self.number)
     if made is None: made = self.modulation(level)
     if isinstance(level, Tensor): return dense_norm(self, x, *made.chunk(2, dim=1), scale, shift)
     return fused_norm(x, with_time(made, scale, shift, level.pixels), level.pixels)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n027
+# %% ../../nbs/31_model.fast_spade.ipynb #31n063
 class FastSDM(SDM):
     "The semantic diffusion model after `fast`: the same parameters, the same results."
     keep_mb = 512.  # megabytes for what is kept over the steps of sampling
@@ -87,8 +99,12 @@ class FastSDM(SDM):
         if self.compiled: pyramid.mark_dynamic()
         return pyramid
 
-    def forward(self, x: Tensor, t: Tensor, labels: LabelPyramid | Tensor, spacing: Tensor | None = None) -> Tensor:
-        "As `SDM.forward`. With labels prepared from k conditions, x holds the same images k times."
+    def forward(self,
+        x: Tensor,  # noised images (B, image_channels, H, W); the same images k times if labels are of k conditions
+        t: Tensor,  # time (B,), 0 to 1000; k times the same, too
+        labels: LabelPyramid | Tensor,  # what `prepare` gave, or a map (B, K, H, W)
+        spacing: Tensor | None = None,  # pixel spacing (B,) mm; 0: unknown
+    ) -> Tensor:  # as `SDM.forward`
         self.check_size(x, labels)
         if isinstance(labels, Tensor): labels = self.pyramid(labels)
         rounds = labels.rounds if self.spacing is None or spacing is None else 1
@@ -102,7 +118,7 @@ class FastSDM(SDM):
         for stage in self.decoder: h = stage(torch.cat([h, skips.pop()], dim=1), time, labels)
         return self.out(self.out_norm(h))
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n029
+# %% ../../nbs/31_model.fast_spade.ipynb #31n065
 @patch
 def pyramid(self: FastSDM,
     labels: Tensor,  # class numbers (B, H, W) integer, or a map (B, K, H, W) float, one-hot or soft
@@ -118,7 +134,7 @@ def pyramid(self: FastSDM,
     soft = labels.to(self.out.weight.dtype)
     return LabelPyramid(shape, {size: nearest(soft, size) for size in sizes.values()}, rounds)
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n031
+# %% ../../nbs/31_model.fast_spade.ipynb #31n067
 @patch
 def level(self: FastSDM,
     classes: Tensor,  # class numbers (B, H, W) at one feature size
@@ -137,7 +153,7 @@ def level(self: FastSDM,
         path = self.measured[case] = self.measure(classes, found, one_hot_map, factor)
     return found if path == 'table' else one_hot_map
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n033
+# %% ../../nbs/31_model.fast_spade.ipynb #31n069
 @patch
 def run_spades(self: FastSDM,
     level: Neighbourhoods | Tensor,  # at one feature size
@@ -156,8 +172,13 @@ def run_spades(self: FastSDM,
         if grad: torch.autograd.grad(out.sum(), [x, *layer.parameters()])
 
 @patch
-def measure(self: FastSDM, classes: Tensor, found: Neighbourhoods, one_hot_map: Tensor, factor: int) -> str:
-    "The faster path, 'dense' or 'table', of the layers of one feature size on this batch."
+def measure(self: FastSDM,
+    classes: Tensor,  # class numbers (B, H, W) at one feature size
+    found: Neighbourhoods,  # the same as neighbourhoods
+    one_hot_map: Tensor,  # the same as a map (B, K, H, W)
+    factor: int,  # down-sampling factor of that size
+) -> str:  # 'dense' or 'table'
+    "The faster path of the layers of one feature size on this batch."
     def search(): return find_neighbourhoods(classes, self.config.label_channels)
     def table(): self.run_spades(search() if torch.is_grad_enabled() else found, tuple(classes.shape), factor)
     def dense(): self.run_spades(one_hot_map, tuple(classes.shape), factor)
@@ -169,7 +190,7 @@ def spades(self: FastSDM) -> list[FastSPADE]:
     "The layers that see the label map, in the order in which they run."
     return [m for m in self.modules() if isinstance(m, FastSPADE)]
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n034
+# %% ../../nbs/31_model.fast_spade.ipynb #31n070
 @patch
 def keep(self: FastSDM,
     pyramid: LabelPyramid,  # is handed what the layers make of it
@@ -183,7 +204,7 @@ def keep(self: FastSDM,
         pyramid.kept[layer.number] = made
         room -= made.nbytes
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n036
+# %% ../../nbs/31_model.fast_spade.ipynb #31n072
 FAST = {SDM: FastSDM, SPADE: FastSPADE, GroupNorm: FastGroupNorm, ResBlock: FastResBlock, Resample: FastResample,
         Attention: FastAttention}  # plain class: subclass that computes the same
 
@@ -208,7 +229,7 @@ def number_spades(model: FastSDM):  # changed in place
         if isinstance(layer, ResBlock): layer.norm2.factor = factor
     for number, layer in enumerate(model.spades): layer.number = number
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n037
+# %% ../../nbs/31_model.fast_spade.ipynb #31n073
 def fast(
     model: SDM,  # changed in place
     keep_mb: float = 512.,  # megabytes for what is kept over the steps of sampling
@@ -222,7 +243,7 @@ def fast(
     number_spades(model)
     return model
 
-# %% ../../nbs/31_model.fast_spade.ipynb #31n053
+# %% ../../nbs/31_model.fast_spade.ipynb #31n089
 def compile_network(
     model: SDM,  # changed in place; its next call takes minutes
     **options,  # of `torch.compile`

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'IN_ONE_STEP', 'Gather', 'gather', 'PerImage', 'PerPixel', 'normalise', 'fused_norm', 'with_time',
            'FastGroupNorm', 'upsample_conv', 'FastResBlock', 'FastResample', 'attend', 'FastAttention']
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn039
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn003
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .adm import Attention, GroupNorm, Resample
 from .sdm import ResBlock
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn042
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn006
 CHUNK = 512  # longest list of places that is added up in one go
 
 class Gather:
@@ -50,7 +50,7 @@ class Gather:
         sums = F.embedding_bag(self.readers, x, self.start, mode='sum').to(torch.promote_types(x.dtype, torch.float32))
         return sums if self.chunks is None else F.embedding_bag(self.chunks, sums, self.first_chunk, mode='sum')
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn047
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn011
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, reads):
@@ -67,17 +67,26 @@ def gather(
     "What every place reads of a table, differentiable."
     return _Gather.apply(table, reads)
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn050
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn014
 class PerImage:
     "Every pixel reads the row of its image."
-    def gather(self, table: Tensor) -> Tensor: return table[:, None]  # (B, C) -> (B, 1, C), the same for all pixels
+    def gather(self, table: Tensor) -> Tensor:  # (B, C) -> (B, 1, C)
+        "What the pixels read, once for all pixels of an image."
+        return table[:, None]
 
     def scatter_add(self, x: Tensor) -> Tensor:  # (B, pixels, C) -> (B, C)
-        return (x.new_ones(len(x), 1, x.shape[1]) @ x)[:, 0]  # a product, because it adds in float32
+        "For every row the sum over its pixels; a product, because it adds in float32."
+        return (x.new_ones(len(x), 1, x.shape[1]) @ x)[:, 0]
 
-    def of_image(self, values: Tensor) -> Tensor: return values  # (B, C) -> (rows, C)
-    def sum_rows(self, x: Tensor) -> Tensor: return x  # (rows, C) -> (B, C)
+    def of_image(self, values: Tensor) -> Tensor:  # (B, C) -> (rows, C)
+        "For every row the value of its image."
+        return values
 
+    def sum_rows(self, x: Tensor) -> Tensor:  # (rows, C) -> (B, C)
+        "For every image the sum over its rows."
+        return x
+
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn016
 class PerPixel(Gather):
     "Every pixel reads a row of its own; every row belongs to one image."
     def __init__(self,
@@ -88,13 +97,22 @@ class PerPixel(Gather):
         self.images, self.pixels = Gather(images, len(index)), index.shape[1] * index.shape[2]
 
     def gather(self, table: Tensor) -> Tensor:  # (rows, C) -> (B, pixels, C)
+        "What every pixel reads."
         return super().gather(table).view(-1, self.pixels, table.shape[1])
 
-    def scatter_add(self, x: Tensor) -> Tensor: return super().scatter_add(x.reshape(-1, x.shape[2]))  # -> (rows, C)
-    def of_image(self, values: Tensor) -> Tensor: return gather(values, self.images)  # (B, C) -> (rows, C)
-    def sum_rows(self, x: Tensor) -> Tensor: return self.images.scatter_add(x)  # (rows, C) -> (B, C)
+    def scatter_add(self, x: Tensor) -> Tensor:  # (B, pixels, C) -> (rows, C)
+        "For every row the sum over the pixels that read it."
+        return super().scatter_add(x.reshape(-1, x.shape[2]))
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn053
+    def of_image(self, values: Tensor) -> Tensor:  # (B, C) -> (rows, C)
+        "For every row the value of its image, differentiable."
+        return gather(values, self.images)
+
+    def sum_rows(self, x: Tensor) -> Tensor:  # (rows, C) -> (B, C)
+        "For every image the sum over its rows."
+        return self.images.scatter_add(x)
+
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn019
 def _pixels_first(x): return x.permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1])  # (B, pixels, C), mostly a view
 def _as_map(v, size): return v.reshape(len(v), *size, v.shape[2]).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
 
@@ -120,7 +138,7 @@ def normalise(
     by = _normalise_by_kernel if x.device.type == 'cpu' else _normalise_by_steps  # a GPU's kernel wants channels first
     return by(x, groups, eps)
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn055
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn021
 def _scale_shift(x_hat, table, reads):
     scale, shift = (half.contiguous() for half in table.chunk(2, dim=1))
     return torch.addcmul(reads.gather(shift), x_hat, reads.gather(scale))
@@ -149,7 +167,7 @@ class _FusedNorm(torch.autograd.Function):
         gx = torch.addcmul(torch.addcmul(constant, slope, x_hat), g, steep)
         return _as_map(gx, ctx.size), sums.to(ctx.dtype), None, None, None, None
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn057
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn023
 def fused_norm(
     x: Tensor,  # features (B, C, H, W)
     table: Tensor,  # (rows, 2C): scales, then shifts
@@ -163,7 +181,7 @@ def fused_norm(
     z = _scale_shift(normalise(x, groups, eps)[0], table.to(x.dtype), reads)
     return _as_map(F.silu(z, inplace=True) if activate else z, x.shape[2:])
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn063
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn029
 def with_time(
     table: Tensor,  # (rows, 2C): scales, then shifts
     scale: Tensor | float,  # (B, C, 1, 1) from the time; a number: there is none
@@ -180,11 +198,16 @@ class FastGroupNorm(GroupNorm):
     "The norm of the encoder in one step; also that of attention, without time and SiLU."
     activate = True  # SiLU at the end
 
-    def forward(self, x: Tensor, labels=None, scale: Tensor | float = 0., shift: Tensor | float = 0.) -> Tensor:
+    def forward(self,
+        x: Tensor,  # features (B, C, H, W)
+        labels=None,  # not looked at
+        scale: Tensor | float = 0.,  # (B, C, 1, 1) from the time
+        shift: Tensor | float = 0.,  # (B, C, 1, 1) from the time
+    ) -> Tensor:  # (B, C, H, W)
         table, reads = torch.cat([self.weight, self.bias]).expand(len(x), -1), PerImage()
         return fused_norm(x, with_time(table, scale, shift, reads), reads, self.num_groups, self.eps, self.activate)
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn066
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn032
 IN_ONE_STEP = 256  # pixels of a feature map from which on this pays
 
 def upsample_conv(
@@ -199,15 +222,17 @@ def upsample_conv(
 
 class FastResBlock(ResBlock):
     "A residual block that doubles and convolves in one step."
-    def resample_and_convolve(self, h: Tensor) -> Tensor:
+    def resample_and_convolve(self, h: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W')
+        "The first convolution, after the resampling."
         if isinstance(self.resample, nn.Upsample): return upsample_conv(h, self.conv1)
         return super().resample_and_convolve(h)
 
 class FastResample(Resample):
     "The same for networks without residual resampling."
-    def forward(self, x: Tensor) -> Tensor: return upsample_conv(x, self.conv) if self.up else super().forward(x)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W) or (B, C, H/2, W/2)
+        return upsample_conv(x, self.conv) if self.up else super().forward(x)
 
-# %% ../../nbs/30b_model.fused_layers.ipynb #30bn070
+# %% ../../nbs/30b_model.fused_layers.ipynb #30bn072
 def attend(
     q: Tensor,  # queries (B, heads, pixels, C / heads)
     k: Tensor,  # keys, of the same shape

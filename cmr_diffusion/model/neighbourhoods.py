@@ -7,7 +7,7 @@ __all__ = ['logger', 'LOOKUP_COST', 'distinct_triples', 'distinct_windows', 'Nei
            'find_neighbourhoods', 'table_is_cheaper', 'milliseconds', 'choose_fastest', 'class_numbers', 'nearest',
            'LabelPyramid']
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn011
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn003
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .fused_layers import Gather, PerPixel
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn016
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn017
 def distinct_triples(
     a: Tensor,  # (B, H, W) int64 in [0, base), as are b and c
     b: Tensor,  # the symbols beside or below those of a
@@ -42,7 +42,7 @@ def distinct_windows(
     window, windows = distinct_triples(row[:, :-2], row[:, 1:-1], row[:, 2:], len(rows))
     return window, rows[windows].flatten(1)
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn047
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn022
 @dataclass
 class Neighbourhoods:
     "The distinct 5x5 neighbourhoods of a batch of label maps: all that gamma and beta of a SPADE layer depend on."
@@ -58,7 +58,7 @@ def pad_to_few_sizes(
     step = max(64, 2 ** ((len(patterns) + 1).bit_length() - 3))
     return F.pad(patterns, (0, 0, 0, -(len(patterns) + 1) % step))
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn049
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn024
 def find_neighbourhoods(
     classes: Tensor,  # (B, H, W) integer: class numbers in [0, channels]; `channels` where there is no condition
     channels: int,  # channels of the one-hot map
@@ -75,7 +75,7 @@ def find_neighbourhoods(
     taps = Gather(9 * parts + torch.arange(9, device=parts.device), 9 * (len(patterns) + 1))
     return Neighbourhoods(patterns, taps, Gather(codes % len(parts), len(parts)), PerPixel(row, codes // len(parts)))
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn057
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn032
 LOOKUP_COST = 12  # multiplications in the time of moving one number, on a CPU; 6 with warm caches, 30 with cold ones
 
 def table_is_cheaper(
@@ -88,7 +88,7 @@ def table_is_cheaper(
     lookups = 9 * neighbourhoods + 2 * rows + pixels
     return products + LOOKUP_COST * lookups < 9 * hidden * pixels
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn060
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn035
 def milliseconds(
     run: Callable,  # called without arguments
     repeats: int = 3,  # the shortest time counts; one call before is not timed
@@ -115,7 +115,7 @@ def choose_fastest(
     logger.info(f'{what}: {measured}; the {fastest} path is taken')
     return fastest
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn063
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn038
 def class_numbers(
     labels: Tensor,  # map (B, K, H, W) float
 ) -> Tensor | None:  # (B, H, W) int64, K where all channels are zero; None where a pixel is a mixture
@@ -133,7 +133,7 @@ def nearest(
     if maps.ndim == 3: return F.interpolate(maps[:, None].float(), size, mode='nearest')[:, 0].long()
     return F.interpolate(maps, size, mode='nearest')
 
-# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn066
+# %% ../../nbs/30c_model.neighbourhoods.ipynb #30cn041
 @dataclass
 class LabelPyramid:
     "The label maps of a batch at every feature size of a network, and what its layers have made of them."

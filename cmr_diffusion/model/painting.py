@@ -25,10 +25,10 @@ def grid_condition(
     spec: ConditionSpec,  # the channels of the model
     grids: list[GridSlice],  # B label maps (S, S), with type and spacing; their pixels are not looked at
 ) -> Condition:  # of B images
-    "The condition that label maps on the grid state."
-    classes = torch.from_numpy(np.stack([spec.encode(g.labels, g.type) for g in grids]))
+    "Make the condition that label maps on the grid state."
+    channel_maps = torch.from_numpy(np.stack([spec.encode(g.labels, g.type) for g in grids]))
     spacing = torch.tensor([g.mean_spacing if math.isfinite(g.mean_spacing) else 0. for g in grids])
-    return Condition(classes, spacing, spec.channels)
+    return Condition(channel_maps, spacing, spec.channels)
 
 # %% ../../nbs/37_model.painting.ipynb #37n026
 def with_values(
@@ -36,7 +36,7 @@ def with_values(
     grids: list[GridSlice],  # B slices
     x: Tensor,  # images (B, 1, S, S) in network units
 ) -> list[GridSlice]:  # the slices with these images as pixels, in the unit of their type
-    "Slices whose pixels are images in network units."
+    "Give slices their painted pixels, converted from network units to the unit of their type."
     pixels = [np.asarray(values[g.type].inverse(u), np.float32) for g, u in zip(grids, x[:, 0].cpu().numpy())]
     return [replace(g, pixels=p) for g, p in zip(grids, pixels)]
 

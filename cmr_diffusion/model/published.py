@@ -36,7 +36,7 @@ def published_config(
     ours['head_channels'] = max(ours['head_channels'], 0)
     return SDMConfig(spacing=False, **ours)
 
-# %% ../../nbs/32_model.published.ipynb #32n019
+# %% ../../nbs/32_model.published.ipynb #32n006
 STAGES = {'input_blocks': 'encoder', 'middle_block': 'middle', 'output_blocks': 'decoder', 'time_embed': 'time'}
 LAYERS = {  # part of a published name: ours; the first that fits counts
     'in_norm.mlp_shared.0': 'norm1.shared', 'out_norm.mlp_shared.0': 'norm2.shared', 'in_norm.mlp_': 'norm1.',
@@ -56,7 +56,7 @@ def our_name(
         if published in rest: return f'{STAGES[head]}.{rest.replace(published, ours)}'
     return f'{STAGES[head]}.{rest}'
 
-# %% ../../nbs/32_model.published.ipynb #32n021
+# %% ../../nbs/32_model.published.ipynb #32n008
 def published_weights(
     state: dict[str, Tensor],  # state dict with the published names
 ) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def published_weights(
         if name.endswith(('qkv.weight', 'proj.weight')) and value.ndim == 3: state[name] = value[..., None]
     return state
 
-# %% ../../nbs/32_model.published.ipynb #32n024
+# %% ../../nbs/32_model.published.ipynb #32n011
 def from_published(
     state: dict[str, Tensor],  # state dict with the published names
     **config,  # the published configuration, see `published_config`

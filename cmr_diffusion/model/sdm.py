@@ -18,7 +18,7 @@ from ..core import CMRError
 from ..grid.condition import Condition
 from .adm import Attention, GroupNorm, Resample, sinusoid, zeroed
 
-# %% ../../nbs/30_model.sdm.ipynb #30n013
+# %% ../../nbs/30_model.sdm.ipynb #30n018
 class SPADE(nn.Module):
     "Group norm whose scale and shift at each pixel come from the label map (Wang et al. 2022, eq. 4), then SiLU."
     def __init__(self,
@@ -48,7 +48,7 @@ class SPADE(nn.Module):
         gamma, beta = self.gamma_and_beta(labels, x.shape[2:])
         return F.silu((self.norm(x) * (1 + gamma) + beta) * (1 + scale) + shift)
 
-# %% ../../nbs/30_model.sdm.ipynb #30n058
+# %% ../../nbs/30_model.sdm.ipynb #30n024
 RESAMPLE = {'': nn.Identity, 'down': lambda: nn.AvgPool2d(2), 'up': lambda: nn.Upsample(scale_factor=2)}  # nearest
 
 class ResBlock(nn.Module):
@@ -83,7 +83,7 @@ class ResBlock(nn.Module):
         else: h = self.norm2(h + t, labels)
         return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
 
-    def resample_and_convolve(self, h: Tensor) -> Tensor: return self.conv1(self.resample(h))
+    def resample_and_convolve(self, h: Tensor) -> Tensor: return self.conv1(self.resample(h))  # (B, inputs, H, W)
 
 # %% ../../nbs/30_model.sdm.ipynb #200030
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SDMConfig:
         for name in ('multipliers', 'attention'): object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.width % 32: raise CMRError(f'network width {self.width}: use a multiple of 32; norms have 32 groups')
 
-# %% ../../nbs/30_model.sdm.ipynb #30n062
+# %% ../../nbs/30_model.sdm.ipynb #30n028
 PRESETS = {
     'tiny': dict(width=32, multipliers=(1, 2), blocks=1, attention=(), hidden=64, size=64),
     'small': dict(width=32, multipliers=(1, 2, 4), blocks=1, attention=(4,), size=64),
@@ -125,12 +125,12 @@ def sdm_config(
     if preset not in PRESETS: raise CMRError(f'preset {preset!r}: choose one of {", ".join(PRESETS)}')
     return SDMConfig(**{**PRESETS[preset], **changes})
 
-# %% ../../nbs/30_model.sdm.ipynb #30n065
+# %% ../../nbs/30_model.sdm.ipynb #30n031
 class Stage(nn.ModuleList):
     "Layers that follow one another; residual blocks are handed the time and the labels, too."
     checkpointing = False  # recompute the blocks in the backward pass: less memory, a third more time
 
-    def forward(self, x: Tensor, time: Tensor, labels=None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, labels=None) -> Tensor:  # all as in `ResBlock`
         for layer in self:
             if not isinstance(layer, ResBlock): x = layer(x)
             elif self.checkpointing and self.training: x = checkpoint(layer, x, time, labels, use_reentrant=False)
@@ -193,7 +193,7 @@ class SDM(nn.Module):
     def checkpointing(self, on: bool):
         for stage in (*self.encoder, self.middle, *self.decoder): stage.checkpointing = on
 
-# %% ../../nbs/30_model.sdm.ipynb #30n067
+# %% ../../nbs/30_model.sdm.ipynb #30n033
 def spacing_position(
     spacing: Tensor,  # (B,) mm
 ) -> Tensor:  # (B,) position for `sinusoid`: 0 at 0.37 mm, 500 at 1 mm, 1000 at 2.7 mm
@@ -212,7 +212,7 @@ def embed(self: SDM,
         time = time + (spacing > 0)[:, None] * self.spacing(waves(spacing_position(spacing)))
     return F.silu(time)
 
-# %% ../../nbs/30_model.sdm.ipynb #30n072
+# %% ../../nbs/30_model.sdm.ipynb #30n038
 @patch
 def prepare(self: SDM,
     *conditions: Condition,  # of the same B images; guidance has two
@@ -230,7 +230,7 @@ def check_size(self: SDM, x: Tensor, labels: Tensor):  # images (B, image_channe
     if tuple(labels.shape) != expected:
         raise CMRError(f'label map of shape {tuple(labels.shape)}: these images need a one-hot map of shape {expected}')
 
-# %% ../../nbs/30_model.sdm.ipynb #30n075
+# %% ../../nbs/30_model.sdm.ipynb #30n041
 @patch
 def forward(self: SDM,
     x: Tensor,  # noised images (B, image_channels, H, W)

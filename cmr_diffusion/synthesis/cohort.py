@@ -46,7 +46,7 @@ def wanted_images(
     per_mask: int,  # images per label map
     seed: int,  # of the cohort
 ) -> Iterator[Wanted]:
-    "What is to be painted, one label map after the other."
+    "Yield what is to be painted, one label map after the other."
     for row, grid in zip(rows.itertuples(), grids):
         for n in range(per_mask):
             bare = replace(grid, type=image_type or grid.type, pixels=None)
@@ -60,7 +60,7 @@ def painted_images(
     batch_size: int,  # images painted at once
     **options  # of `paint`: guidance, steps, sampler, precision
 ) -> Iterator[tuple[Wanted, GridSlice]]:
-    "What was wanted, and what was painted."
+    "Paint batch after batch; yield what was wanted, and what was painted."
     with progress(total=total, description='painting', unit='image') as bar:
         for batch in chunked(wanted, batch_size):
             yield from zip(batch, paint(checkpoint, [w.grid for w in batch], [w.seed for w in batch], **options))
@@ -72,7 +72,7 @@ def synthetic_patients(
     per_mask: int,  # repetitions
     seed: int,  # of the cohort
 ) -> dict[tuple[str, int], str]:  # (patient, repetition) -> name
-    "Name of the synthetic patient for each source and repetition, in an order that tells nothing of the source."
+    "Name the synthetic patient of each source and repetition, in an order that tells nothing of the source."
     keys = [(patient, n) for patient in rows.patient.unique() for n in range(per_mask)]
     keys.sort(key=lambda key: stable_seed('synthetic patient', seed, *key))
     return {key: f'Patient ({i})' for i, key in enumerate(keys, 1)}
@@ -82,7 +82,7 @@ def named_slices(
     painted: Iterable[tuple[Wanted, GridSlice]],  # as `painted_images` gives them
     patients: dict[tuple[str, int], str],  # as `synthetic_patients` gives them
 ) -> Iterator[Slice]:  # in physical units, without padding
-    "Painted slices under their new names."
+    "Yield painted slices under their new names."
     taken = {}
     for wanted, grid in painted:
         patient, name = patients[wanted.row.patient, wanted.repetition], wanted.row.slice
@@ -94,14 +94,14 @@ def clipped_share(
     grid: GridSlice,  # painted
     maximum: float,  # largest value that the transform of its type gives, in its unit
 ) -> float:  # from 0 to 1
-    "The share of the pixels at the largest value."
+    "Compute the share of the pixels at the largest value."
     return float(np.mean(grid.pixels >= maximum * (1 - 1e-6)))
 
 def other_spacing(
     geometry: Geometry,  # of the model
     spacing: str | float | None,  # mm or 'native'; None: that of the model
 ) -> Geometry:
-    "The geometry to paint in: nothing is shifted at random, and the spacing may be another one."
+    "Return the geometry to paint in: nothing is shifted at random, and the spacing may be another one."
     fixed = replace(geometry, jitter=0)
     if spacing is None: return fixed
     return replace(fixed, spacing=Geometry.parse(geometry.size, spacing).spacing)
@@ -112,7 +112,7 @@ def ready_model(
     device: str | None,  # for a model that is read; None: a GPU where there is one; a `Checkpoint` stays where it is
     compiled: bool,  # compile the network
 ) -> tuple[Checkpoint, str]:  # the model, and its device
-    "The model on its device; on a CPU, freed memory is held for the next step."
+    "Read a model where needed, and return it on its device; on a CPU, keep freed memory for the next step."
     if isinstance(checkpoint, Checkpoint): c, device = checkpoint, str(next(checkpoint.model.parameters()).device)
     else:
         device = choose_device(device)

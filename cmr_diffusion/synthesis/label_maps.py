@@ -25,7 +25,7 @@ def mask_rows(
     splits: tuple[str, ...] | None = None,  # only these; None: all
     image_type: str | None = None,  # only masks of this type, where the cohort has it; None: all types
 ) -> pd.DataFrame:  # usable rows
-    "The rows whose label maps shall be painted into."
+    "Choose the rows whose label maps shall be painted into."
     rows = source.usable if isinstance(source, CohortCache) else source[source.usable.astype(bool)]
     if splits: rows = rows[rows.split.isin(splits)]
     if image_type and (rows.type == image_type).any(): rows = rows[rows.type == image_type]
@@ -39,7 +39,7 @@ def mask_grids(
     rows: pd.DataFrame,  # as `mask_rows` gives them
     geometry: Geometry,  # of the model
 ) -> Iterator[GridSlice]:  # one per row
-    "Label maps on the model's grid."
+    "Lay label maps on the model's grid, one after the other."
     slices = map(source.slice, rows.position) if isinstance(source, CohortCache) else load_slices(rows)
     for s in slices: yield place(s if math.isfinite(s.robust_max) else replace(s, robust_max=1.), geometry)
 
@@ -47,7 +47,7 @@ def mask_grids(
 def topology(
     labels: np.ndarray,  # (rows, columns) uint8, numbers of `STRUCTURES` or `PADDING`
 ) -> tuple[tuple, bool, bool]:  # (structure, its parts, parts of the rest) of each; open ring; heart at the border
-    "What a deformation of a label map must keep; a ring is open where the cavity touches the background."
+    "Describe what a deformation of a label map must keep; a ring is open where the cavity touches the background."
     around = np.ones((3, 3), bool)
     parts = []
     for n in np.unique(labels[(labels != BACKGROUND) & (labels != PADDING)]):
@@ -65,7 +65,7 @@ def _displaced_places(
     matrix: np.ndarray,  # (2, 2) from new to old offsets about the heart's centroid
     bend: np.ndarray,  # (2, rows, columns) displacement, pixels
 ) -> np.ndarray:  # (2, rows, columns), row and column in the old map
-    "Where in the old map each pixel of the new one is."
+    "Say where in the old map each pixel of the new one is."
     centre = np.argwhere(labels != BACKGROUND).mean(0)[:, None, None]
     return np.einsum('ij,jrc->irc', matrix, np.indices(labels.shape) - centre) + centre + bend
 
@@ -74,7 +74,7 @@ def _read_at(
     labels: np.ndarray,  # (rows, columns) uint8, no padding
     at: np.ndarray,  # (2, rows, columns), row and column
 ) -> np.ndarray:  # (rows, columns) uint8
-    "The structures at places between the pixels: each is interpolated linearly, and the largest share wins."
+    "Read structures at places between the pixels: each is interpolated linearly, and the largest share wins."
     present = sorted(np.unique(labels), key=lambda n: n != MYOCARDIUM)  # ties go to the thin wall
     shares = [ndimage.map_coordinates((labels == n).astype(np.float32), at, order=1, cval=float(n == BACKGROUND))
               for n in present]
@@ -87,7 +87,7 @@ def _smooth_noise(
     spread: float,  # standard deviation, pixels
     smooth: float,  # correlation length, pixels
 ) -> np.ndarray:  # (2, rows, columns) pixels
-    "A smooth random displacement along rows and columns."
+    "Draw a smooth random displacement along rows and columns."
     noise = [ndimage.gaussian_filter(rng.normal(size=shape), smooth, mode='wrap') for _ in range(2)]
     return np.stack(noise) * (spread * smooth * 2 * np.pi**.5)
 
@@ -98,7 +98,7 @@ def _deformed(
     log_scales: np.ndarray,  # (2,) logarithm of the scale of rows and columns
     bend: np.ndarray,  # (2, rows, columns) displacement, pixels
 ) -> np.ndarray:  # (rows, columns) uint8
-    "The deformed map, weakened until its topology is that of the old one."
+    "Deform a map, more weakly until its topology is that of the old one."
     for strength in (1, .75, .5, .25):
         c, s = np.cos(strength * angle), np.sin(strength * angle)
         matrix = np.array([[c, -s], [s, c]]) * np.exp(strength * log_scales)
@@ -115,7 +115,7 @@ def deform(
     bend: float = 1.5,  # standard deviation of the smooth displacement, pixels
     smooth: float = 8.,  # its correlation length, pixels
 ) -> np.ndarray:  # (rows, columns) uint8, the same padding and topology
-    "A slightly different heart."
+    "Deform a label map into a slightly different heart."
     inside = labels != PADDING
     box = tuple(slice(0, int(inside.any(1 - a).sum())) for a in (0, 1))
     old, out = labels[box], labels.copy()

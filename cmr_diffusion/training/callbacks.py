@@ -51,7 +51,7 @@ class Objective(nn.Module):
     def get_extra_state(self) -> dict: return dict(steps=self.steps)
     def set_extra_state(self, state: dict): self.steps = state['steps']
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n038
+# %% ../../nbs/40_training.callbacks.ipynb #40n003
 def mean_loss(
     losses: Tensor,  # (B,) from an `Objective`
     *targets,  # not needed: the loss is computed already
@@ -84,7 +84,7 @@ def noised_task(
     levels, noise = zip(*drawn)
     return x0, condition, torch.cat(levels).to(x0.device), torch.stack(noise).to(x0.device)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n042
+# %% ../../nbs/40_training.callbacks.ipynb #40n007
 class Noising(Callback):
     "Makes (image, condition, level, noise) of a batch (image, class numbers, spacing); the image is the target, too."
     order = 1  # after what looks at batches as they were loaded (0), before gradient accumulation (6) counts targets
@@ -100,7 +100,7 @@ class Noising(Callback):
         self.learn.xb = noised_task(self.model.denoise, images, condition, self.generator)
         self.learn.yb = (images,)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n047
+# %% ../../nbs/40_training.callbacks.ipynb #40n012
 class ConditionDropout(Callback):
     "Drops the whole condition of some images in training."
     order, run_valid = Noising.order + 1, False  # the condition has to be made before
@@ -134,7 +134,7 @@ class EMACallback(Callback):
         average, weights = (list(d.model.parameters()) for d in (self.model.average, self.model.denoise))
         torch._foreach_lerp_(average, weights, 1 - decay)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n056
+# %% ../../nbs/40_training.callbacks.ipynb #40n021
 class StreamPosition(Callback):
     "Keeps the loader's epoch in step with the learner's, over several calls of `fit`."
     order = TrainEvalCallback.order + 1  # before the seeds are made of it
@@ -143,7 +143,7 @@ class StreamPosition(Callback):
     def after_train(self): self.next = self.first + self.epoch + 1
     def after_fit(self): self.dls.train.epoch = self.first if hasattr(self.learn, 'lr_finder') else self.next
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n060
+# %% ../../nbs/40_training.callbacks.ipynb #40n025
 class WarmUpCosine(ParamScheduler):
     "Linear warm-up over some steps, then a cosine down to a hundredth."
     def __init__(self,
@@ -157,7 +157,7 @@ class WarmUpCosine(ParamScheduler):
         rise = min(1, (self.model.steps + 1) / max(1, self.warmup))
         self.opt.set_hyper('lr', self.scheds['lr'](pct) * rise)
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n064
+# %% ../../nbs/40_training.callbacks.ipynb #40n029
 class TimeBox(Callback):
     "Ends the training part of each epoch by the clock, and lets schedules follow it."
     order, run_valid = ParamScheduler.order - 5, False  # before schedulers read `pct_train`, after the `Recorder` (50)
@@ -190,7 +190,7 @@ class ShuffledMaskLoss(Metric):
     @property
     def value(self) -> float | None: return float(self.total) / self.count if self.count else None
 
-# %% ../../nbs/40_training.callbacks.ipynb #40n069
+# %% ../../nbs/40_training.callbacks.ipynb #40n034
 class SigmaQuartileLoss(Metric):
     "Mean loss of the images whose noise level is in one quarter of all levels."
     def __init__(self,
