@@ -112,25 +112,31 @@ def peers(width):
     widths = tuple(width*m for m in (1, 2, 3, 4))
     def concatenation():
         from diffusers import UNet2DModel
-        unet = UNet2DModel(in_channels=1 + CLASSES, out_channels=1, block_out_channels=widths, layers_per_block=2, attention_head_dim=64,
+        unet = UNet2DModel(in_channels=1 + CLASSES, out_channels=1, block_out_channels=widths, layers_per_block=2,
+                           attention_head_dim=64,
                            down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
                            up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D')).to(DEVICE, **LAST)
         return unet, lambda x, t, y: unet(torch.cat([x, y], 1).contiguous(**LAST), t).sample
     def monai():
         from monai.networks.nets import SPADEDiffusionModelUNet
-        unet = SPADEDiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, label_nc=CLASSES, num_res_blocks=2, channels=widths,
-                                       attention_levels=(False, False, True, True), num_head_channels=math.gcd(64, widths[2]), norm_num_groups=32).to(DEVICE)
+        unet = SPADEDiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, label_nc=CLASSES, num_res_blocks=2,
+                                       channels=widths, attention_levels=(False, False, True, True),
+                                       num_head_channels=math.gcd(64, widths[2]), norm_num_groups=32).to(DEVICE)
         return unet, unet
     for name, build in (('diffusers UNet2DModel, mask concatenated', concatenation), ('MONAI SPADEDiffusionModelUNet', monai)):
         try: build()
-        except ImportError: yield f'{name} (not installed)', None; continue
-        for bf16 in (False, True): yield f'{name}, {"bfloat16" if bf16 else "float32"}', functools.partial(Peer, build, bf16)
+        except ImportError:
+            yield f'{name} (not installed)', None
+            continue
+        for precision in ('float32', 'bfloat16'):
+            yield f'{name}, {precision}', functools.partial(Peer, build, precision == 'bfloat16')
 
 
 def constructors(args):
     "All rows of the table."
     rows = {name: functools.partial(Variant, args.width, **settings) for name, settings in VARIANTS.items()}
-    if args.compile: rows['all, bfloat16, compiled'] = functools.partial(Variant, args.width, **ALL, bf16=True, compiled=True)
+    compiled = functools.partial(Variant, args.width, **ALL, bf16=True, compiled=True)
+    if args.compile: rows['all, bfloat16, compiled'] = compiled
     return rows | dict(peers(args.width))
 
 
@@ -139,25 +145,33 @@ def wait():
 
 
 def clock(functions, repeats):
-    "Median milliseconds of each function, taken in turns. Before each call that is timed stands one that is not: caches and memory are those of repeated calls."
+    """Median milliseconds of each function, taken in turns. Before each call that is timed stands one that is not: caches and
+    memory are those of repeated calls."""
     times = {name: [] for name in functions}
     for turn in range(repeats):
         for name, f in functions.items():
-            f(); wait(); start = time.perf_counter(); f(); wait()
+            f()
+            wait()
+            start = time.perf_counter()
+            f()
+            wait()
             times[name].append(time.perf_counter() - start)
     return {name: 1000*statistics.median(t) for name, t in times.items()}
 
 
 def limits(batch):
-    "Best measured GFLOP/s of a convolution and of a matrix product, by precision; multiplications in the time that one number is moved."
-    best = {}
+    """Best measured GFLOP/s of a convolution and of a matrix product, by precision; multiplications in the time that one number
+    is moved."""
+    best, layers = {}, ((128, 64), (256, 32), (512, 16))  # channels, size
     for dtype in (torch.float32, torch.bfloat16):
-        layers = {(c, s): (nn.Conv2d(c, c, 3, padding=1).to(DEVICE, dtype, **LAST), torch.randn(batch, c, s, s, device=DEVICE, dtype=dtype).contiguous(**LAST))
-                  for c, s in ((128, 64), (256, 32), (512, 16))}
-        a, table = torch.randn(2048, 2048, device=DEVICE, dtype=dtype), torch.randn(1152, 256, device=DEVICE, dtype=dtype)
-        index = torch.randint(1152, (2048, 9), device=DEVICE)
-        with torch.no_grad():
-            ms = clock({k: (lambda conv=conv, x=x: conv(x)) for k, (conv, x) in layers.items()} | {'mm': lambda: a @ a, 'move': lambda: F.embedding_bag(index, table, mode='sum')}, 7)
+        def random(*shape): return torch.randn(*shape, device=DEVICE, dtype=dtype)
+        def convolution(c, s):
+            conv, x = nn.Conv2d(c, c, 3, padding=1).to(DEVICE, dtype, **LAST), random(batch, c, s, s).contiguous(**LAST)
+            return lambda: conv(x)
+        a, table, index = random(2048, 2048), random(1152, 256), torch.randint(1152, (2048, 9), device=DEVICE)
+        runs = {(c, s): convolution(c, s) for c, s in layers}
+        runs |= {'mm': lambda: a @ a, 'move': lambda: F.embedding_bag(index, table, mode='sum')}
+        with torch.no_grad(): ms = clock(runs, 7)
         convolution = max(2*9*c*c*s*s*batch/ms[c, s]/1e6 for c, s in layers)
         best[dtype] = convolution, 2*2048**3/ms['mm']/1e6, convolution/2*ms['move']*1e6/(index.numel()*table.shape[1])
     return best
@@ -177,19 +191,24 @@ def step(network, x, t, y):
 
 def inputs(size, batch):
     torch.manual_seed(1)
-    return torch.randn(batch, 1, size, size, device=DEVICE), torch.rand(batch, device=DEVICE)*1000, hearts(size, batch).to(DEVICE)
+    x, t = torch.randn(batch, 1, size, size, device=DEVICE), torch.rand(batch, device=DEVICE)*1000
+    return x, t, hearts(size, batch).to(DEVICE)
 
 
 def peak(name, size, args):
     "Memory in MB that a step takes beyond the network and its inputs, in a process of its own."
-    command = [sys.executable, __file__, '--peak', name, '--sizes', str(size), '--width', str(args.width), '--batch', str(args.batch)]
+    numbers = dict(sizes=size, width=args.width, batch=args.batch)
+    options = [word for key, value in numbers.items() for word in (f'--{key}', str(value))]
+    command = [sys.executable, __file__, '--peak', name, *options]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def print_peak(args):
     settings = VARIANTS | {'all, bfloat16, checkpointing': ALL | dict(bf16=True, checkpointing=True)}
-    network = Variant(args.width, **settings[args.peak]) if args.peak in settings else dict(peers(args.width))[args.peak]()
-    if isinstance(network, Variant): network.hold = False  # memory held is not memory needed
+    if args.peak in settings:
+        network = Variant(args.width, **settings[args.peak])
+        network.hold = False  # memory held is not memory needed
+    else: network = dict(peers(args.width))[args.peak]()
     x, t, y = inputs(args.sizes[0], args.batch)
     def used():
         if DEVICE == 'cuda': return torch.cuda.max_memory_allocated()/1e6
@@ -201,9 +220,14 @@ def print_peak(args):
     print(f'{used() - before:.0f}')
 
 
-KINDS = {'convolutions': ('convolution', 'conv_transpose'), 'products': ('mm', 'bmm', 'baddbmm'), 'normalise': ('group_norm',), 'look-ups and their sums': ('index_select', 'embedding_bag'),
-         'scale, shift, SiLU, softmax, sums': ('addcmul', 'silu', 'mul', 'add', 'add_', 'sum', 'softmax', 'div', 'neg', 'avg_pool2d', 'upsample'), 'copies and casts': ('copy_', 'cat', 'fill_', 'clone'),
-         'search of neighbourhoods': ('sort', 'unique', 'bincount', 'cumsum', 'repeat_interleave')}
+KINDS = {
+    'convolutions': ('convolution', 'conv_transpose'), 'products': ('mm', 'bmm', 'baddbmm'), 'normalise': ('group_norm',),
+    'look-ups and their sums': ('index_select', 'embedding_bag'),
+    'scale, shift, SiLU, softmax, sums': ('addcmul', 'silu', 'mul', 'add', 'add_', 'sum', 'softmax', 'div', 'neg',
+                                          'avg_pool2d', 'upsample'),
+    'copies and casts': ('copy_', 'cat', 'fill_', 'clone'),
+    'search of neighbourhoods': ('sort', 'unique', 'bincount', 'cumsum', 'repeat_interleave')}
+
 
 def profiled(network, x, t, y):
     "Share of a step's time by kind of operation."
@@ -216,7 +240,9 @@ def profiled(network, x, t, y):
         total += spent
         name = e.key.removeprefix('aten::')
         for kind, parts in KINDS.items():
-            if name in parts or any(len(part) > 4 and part in name for part in parts): shares[kind] += spent; break
+            if name in parts or any(len(part) > 4 and part in name for part in parts):
+                shares[kind] += spent
+                break
     shares['the rest: calls, autograd'] = total - sum(shares.values())
     return {kind: spent/total for kind, spent in shares.items()}
 
@@ -230,20 +256,28 @@ def training_table(size, args, peak_rates):
     with torch.no_grad(): forward = clock({n: (lambda f=f: f(x, t, y)) for n, f in networks.items()}, args.repeats)
     both = clock({n: (lambda f=f: step(f, x, t, y)) for n, f in networks.items()}, args.repeats)
     work = {n: counted(lambda f=f: step(f, x, t, y)) for n, f in networks.items() if 'compiled' not in n}
-    memory = {n: peak(n, size, args) for n in networks if n in (PLAIN, 'all, float32', FAST) or n not in VARIANTS and 'compiled' not in n}
-    lines = ['| network | forward, ms | times faster | forward + backward, ms | times faster | GFLOP | GFLOP/s | memory, MB |', '|---|---|---|---|---|---|---|---|']
+    others = [n for n in networks if n not in VARIANTS and 'compiled' not in n]
+    memory = {n: f'{peak(n, size, args):.0f}' for n in (PLAIN, 'all, float32', FAST, *others)}
+    lines = ['| network | forward, ms | times faster | forward + backward, ms | times faster | GFLOP | GFLOP/s | memory, MB |',
+             '|---|---|---|---|---|---|---|---|']
     for n in networks:
         rate = f'{work[n]:.0f} | {work[n]/both[n]*1e3:.0f}' if n in work else ' | '
-        lines.append(f'| {n} | {forward[n]:.0f} | {forward[PLAIN]/forward[n]:.2f} | {both[n]:.0f} | {both[PLAIN]/both[n]:.2f} | {rate} | {f"{memory[n]:.0f}" if n in memory else ""} |')
+        times = f'{forward[n]:.0f} | {forward[PLAIN]/forward[n]:.2f} | {both[n]:.0f} | {both[PLAIN]/both[n]:.2f}'
+        lines.append(f'| {n} | {times} | {rate} | {memory.get(n, "")} |')
     lines += [f'| {n} | | | | | | | |' for n in missing]
     def search(): return [find_neighbourhoods(y[:, ::2**i, ::2**i], CLASSES) for i in range(4)]
     searched = clock({'search': search}, args.repeats)['search']
-    shares = [work[n]/both[n]*1e3/peak_rates[d][0] for n, d in (('all, float32', torch.float32), (FAST, torch.bfloat16))]
-    lines += ['', f'A training step is {both[PLAIN]/both["all, float32"]:.2f} times faster at equal precision and {both[PLAIN]/both[FAST]:.2f} times with bfloat16. '
-              f'Share of the measured convolution rate: {shares[0]:.0%} in float32, {shares[1]:.0%} in bfloat16. The search for neighbourhoods takes {searched:.1f} ms of a step. '
-              f'With checkpointing as well, a step takes {peak("all, bfloat16, checkpointing", size, args):.0f} MB.', '',
+    same, half = (f'{both[PLAIN]/both[n]:.2f}' for n in ('all, float32', FAST))
+    rates = {n: work[n]/both[n]*1e3/peak_rates[d][0] for n, d in (('all, float32', torch.float32), (FAST, torch.bfloat16))}
+    least = peak('all, bfloat16, checkpointing', size, args)
+    lines += ['', f'A training step is {same} times faster at equal precision and {half} times with bfloat16. '
+              f'Share of the measured convolution rate: {rates["all, float32"]:.0%} in float32, {rates[FAST]:.0%} in bfloat16. '
+              f'The search for neighbourhoods takes {searched:.1f} ms of a step. '
+              f'With checkpointing as well, a step takes {least:.0f} MB.', '',
               '| time of a step | ' + ' | '.join([*KINDS, 'the rest: calls, autograd']) + ' |', '|---' * (len(KINDS) + 2) + '|']
-    for n in ('all, float32', FAST): lines.append(f'| {n} | ' + ' | '.join(f'{s:.0%}' for s in profiled(networks[n], x, t, y).values()) + ' |')
+    for n in rates:
+        shares = (f'{share:.0%}' for share in profiled(networks[n], x, t, y).values())
+        lines.append(f'| {n} | ' + ' | '.join(shares) + ' |')
     return lines
 
 
@@ -252,7 +286,9 @@ def sampling_table(size, args):
     x, _, y = inputs(size, args.batch)
     t, null = torch.full((args.batch,), 500., device=DEVICE), torch.full_like(y, CLASSES)
     condition = Condition(y, torch.zeros(args.batch, device=DEVICE), CLASSES)
-    def twice(network): return lambda: (network(x, t, y), network(x, t, null if isinstance(network, Variant) else y))  # a peer's null costs the same
+    def twice(network):
+        other = null if isinstance(network, Variant) else y  # a peer's null condition costs the same
+        return lambda: (network(x, t, y), network(x, t, other))
     def ours(bf16, spacing=False):
         variant = Variant(args.width, **ALL, spacing=spacing)
         inner = EDMDenoiser(variant.model.eval(), precision='bfloat16' if bf16 else 'float32')
@@ -266,7 +302,8 @@ def sampling_table(size, args):
             hold_memory(True)
             return sample(denoise, inner.sigmas(STEPS), known, range(args.batch), (1, size, size), device=DEVICE)
         return evaluate, image
-    names = {'ours, float32': ours(False), 'ours, bfloat16': ours(True), 'ours, bfloat16, spacing known (no encoder pass shared)': ours(True, True)}
+    names = {'ours, float32': ours(False), 'ours, bfloat16': ours(True),
+             'ours, bfloat16, spacing known (no encoder pass shared)': ours(True, True)}
     rows = {PLAIN + ', two passes': twice(Variant(args.width))} | {n: f[0] for n, f in names.items()}
     rows |= {n + ', two passes': twice(f()) for n, f in peers(args.width) if f is not None}
     with torch.no_grad():
@@ -274,12 +311,16 @@ def sampling_table(size, args):
         images = clock({n: f[1] for n, f in names.items()}, 1)
     plain = ms[PLAIN + ', two passes']
     published = plain*PUBLISHED_STEPS/args.batch
-    lines = [f'| guided evaluation, batch {args.batch} | ms | times faster | one image, ms ({STEPS} evaluations) | times cheaper than {PUBLISHED_STEPS} plain ones |', '|---|---|---|---|---|']
+    lines = [f'| guided evaluation, batch {args.batch} | ms | times faster | one image, ms ({STEPS} evaluations) '
+             f'| times cheaper than {PUBLISHED_STEPS} plain ones |', '|---|---|---|---|---|']
     for n in rows:
         image = images[n]/args.batch if n in images else ms[n]*STEPS/args.batch
-        lines.append(f'| {n} | {ms[n]:.0f} | {plain/ms[n]:.2f} | {image:.0f}{"" if n in images else " (from evaluations)"} | {published/image:.0f} |')
-    return lines + ['', f'The published default, {PUBLISHED_STEPS} steps of two plain passes, takes {published/1000:.0f} s an image (from the timed evaluations); '
-                    f'ours, measured from noise to image, {images["ours, bfloat16"]/args.batch/1000:.2f} s: {published*args.batch/images["ours, bfloat16"]:.0f} times cheaper.']
+        source = '' if n in images else ' (from evaluations)'
+        lines.append(f'| {n} | {ms[n]:.0f} | {plain/ms[n]:.2f} | {image:.0f}{source} | {published/image:.0f} |')
+    own = images['ours, bfloat16']/args.batch
+    return lines + ['', f'The published default, {PUBLISHED_STEPS} steps of two plain passes, takes {published/1000:.0f} s an image '
+                    f'(from the timed evaluations); ours, measured from noise to image, {own/1000:.2f} s: '
+                    f'{published/own:.0f} times cheaper.']
 
 
 def report(args):
@@ -287,11 +328,12 @@ def report(args):
     rates = limits(args.batch)
     (conv32, mm32, move32), (conv16, mm16, move16) = rates[torch.float32], rates[torch.bfloat16]
     yield f'# Network benchmark: {name}'
-    yield (f'{time.strftime("%Y-%m-%d")}. Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two levels, {CLASSES} classes, 1 channel, batch {args.batch}; '
-           f'torch {torch.__version__}. Medians of {args.repeats} (images: 1), all rows of a table in turns in one process. `python benchmarks/network.py {" ".join(sys.argv[1:])}`')
-    yield (f'The machine in the same run: convolutions {conv32:.0f} GFLOP/s in float32 and {conv16:.0f} in bfloat16, matrix products {mm32:.0f} and {mm16:.0f}; '
-           f'{move32:.0f} and {move16:.0f} multiplications of a convolution in the time of moving one number '
-           f'(`LOOKUP_COST` is {LOOKUP_COST}).')
+    yield (f'{time.strftime("%Y-%m-%d")}. Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two '
+           f'levels, {CLASSES} classes, 1 channel, batch {args.batch}; torch {torch.__version__}. Medians of {args.repeats} '
+           f'(images: 1), all rows of a table in turns in one process. `python benchmarks/network.py {" ".join(sys.argv[1:])}`')
+    yield (f'The machine in the same run: convolutions {conv32:.0f} GFLOP/s in float32 and {conv16:.0f} in bfloat16, matrix '
+           f'products {mm32:.0f} and {mm16:.0f}; {move32:.0f} and {move16:.0f} multiplications of a convolution in the time of '
+           f'moving one number (`LOOKUP_COST` is {LOOKUP_COST}).')
     for size in args.sizes:
         yield f'## {size} x {size}'
         yield '\n'.join(training_table(size, args, rates))
@@ -308,14 +350,19 @@ def processor():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--width', type=int, default=64); p.add_argument('--sizes', type=int, nargs='+', default=[64, 128])
-    p.add_argument('--batch', type=int, default=4); p.add_argument('--repeats', type=int, default=5)
+    p.add_argument('--width', type=int, default=64)
+    p.add_argument('--sizes', type=int, nargs='+', default=[64, 128])
+    p.add_argument('--batch', type=int, default=4)
+    p.add_argument('--repeats', type=int, default=5)
     p.add_argument('--compile', action='store_true', help='also time torch.compile (minutes of compilation on a CPU)')
-    p.add_argument('--peak', help=argparse.SUPPRESS); p.add_argument('--out', type=Path, default=None)
+    p.add_argument('--peak', help=argparse.SUPPRESS)
+    p.add_argument('--out', type=Path, default=None)
     args = p.parse_args()
     if args.peak: return print_peak(args)
     parts = []
-    for part in report(args): parts.append(part); print(part, end='\n\n', flush=True)
+    for part in report(args):
+        parts.append(part)
+        print(part, end='\n\n', flush=True)
     out = args.out or Path(__file__).parent/'results'/f'network_{DEVICE}_{args.width}.md'
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix('.tmp')

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 # `import cmr_diffusion` does not wait for PyTorch.
 _CHAPTERS = {
     'CMRError': 'core', 'Slice': 'core', 'make_phantom': 'cohort.phantom', 'read_cohort': 'cohort.table',
-    'Geometry': 'grid.geometry', 'CohortCache': 'grid.cache', 'prepare': 'grid.cache', 'SDM': 'model.sdm',
+    'Geometry': 'grid.geometry', 'CohortCache': 'grid.cache', 'prepare': 'grid.cache', 'SDM': 'model.published',
     'load_checkpoint': 'model.checkpoint', 'paint': 'model.painting', 'TrainConfig': 'training.learner',
     'sdm_learner': 'training.learner', 'train': 'training.learner', 'synthesize': 'synthesis.cohort',
     'evaluate': 'evaluation.report',

@@ -88,9 +88,7 @@ class Run:
     uri: str  # of the store
 
     @property
-    def client(self):
-        "The MLflow client of its store."
-        return _client(self.uri)
+    def client(self): return _client(self.uri)  # MLflow's client of its store
 
     @cached_property
     def folder(self) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = {  # notebook -> which of its pictures (from 0) stands here, and what is in it
     '19_explore': (0, 'what a cohort looks like'),
-    '21_grid.condition': (0, 'a label map as channels'),
+    '21_grid.condition': (2, 'a label map as channels'),
     '30_model.sdm': (0, 'the network'),
     '41_training.learner': (0, 'a training'),
     '66_evaluation.report': (0, 'an evaluation'),

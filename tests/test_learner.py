@@ -211,6 +211,8 @@ def test_what_a_notebook_shows(cache):
     assert learn.recorder.plot_loss()
     losses, targets, each = learn.get_preds(with_loss=True)
     assert torch.equal(losses, each) and len(targets) == len(learn.dls.valid_ds)
+    images, classes, spacing = learn.get_preds(with_input=True)[0]  # the batch as it was loaded
+    assert torch.equal(images, targets) and classes.dtype == torch.uint8 and spacing.shape == losses.shape
     assert paint(learn.checkpoint, [cache.grid(0)], [0], steps=2)[0].pixels.max() > 20  # ms
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints of the published code with options that the golden vectors do not have: by name, and against the equations written out."""
+"""Checkpoints of the published code with options that the golden vectors do not have: by name, and against the equations written
+out. And our own checkpoints: names and shapes of weights stay what they are."""
+import hashlib
 from copy import deepcopy
 
 import pytest
@@ -10,7 +12,7 @@ from cmr_diffusion.grid.condition import one_hot
 from cmr_diffusion.model.fast_spade import FastSPADE, exchange, fast
 from cmr_diffusion.model.neighbourhoods import LabelPyramid, find_neighbourhoods
 from cmr_diffusion.model.published import published_config
-from cmr_diffusion.model.sdm import SDM, ResBlock
+from cmr_diffusion.model.sdm import SDM, ResBlock, sdm_config
 
 PLAIN = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'norm2': 'out_layers.0', 'conv2': 'out_layers.3',
          'time': 'emb_layers.1', 'skip': 'skip_connection'}
@@ -113,3 +115,13 @@ def test_a_wrong_configuration_is_one_line():
     with pytest.raises(CMRError, match='does not fit'): SDM.from_published({'input_blocks.0.0.gamma.weight': state['out.2.bias']}, **config())
     without = {k: v for k, v in config().items() if k != 'channel_mult'}
     with pytest.raises(CMRError, match='channel_mult'): SDM.from_published(state, **without)
+
+
+@pytest.mark.parametrize('preset, digest', [('tiny', '11b49d7bd0c84a9f'), ('small', '02d7c6bbdf9e82d6'),
+                                            ('base', 'b55f1554104b2b6c'), ('paper', '0c2f390fc7f643c7')])
+def test_checkpoints_of_before_fit(preset, digest):
+    "Names and shapes of all weights in order; the digests are of the network before it had chapters of its own."
+    with torch.device('meta'): models = SDM(sdm_config(preset)), fast(SDM(sdm_config(preset)))
+    for model in models:
+        shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+        assert hashlib.sha256(repr(shapes).encode()).hexdigest()[:16] == digest

@@ -75,7 +75,7 @@ class DDPMDenoiser(Denoiser):
 
     def __init__(self,
         model: nn.Module,  # an `SDM` with `variance`
-        recipe: DDPMRecipe = DDPMRecipe(),
+        recipe: DDPMRecipe = DDPMRecipe(),  # schedule, number of times, weight of the bound
         precision: str = 'float32',  # 'float32' or 'bfloat16'
     ):
         super().__init__(model, precision)

@@ -102,7 +102,7 @@ class EDMDenoiser(Denoiser):
 
     def __init__(self,
         model: nn.Module,  # an `SDM`
-        recipe: EDMRecipe = EDMRecipe(),
+        recipe: EDMRecipe = EDMRecipe(),  # spread of the data, and noise levels
         precision: str = 'float32',  # 'float32' or 'bfloat16'
     ):
         super().__init__(model, precision)

@@ -170,7 +170,7 @@ class TimeBox(Callback):
 
     def before_batch(self):
         share = (self.clock() - self.started) / self.seconds
-        if self.iter and share >= (self.epoch + 1) / self.n_epoch: raise CancelTrainException  # but one step there is
+        if self.iter and share >= (self.epoch + 1) / self.n_epoch: raise CancelTrainException  # at least one step per epoch
         self.learn.pct_train = max(self.pct_train, share)
 
     def after_cancel_train(self): self.recorder.cancel_train = False  # the epoch is only shorter: its loss counts
