@@ -2,10 +2,11 @@
 
     python benchmarks/network.py [--width 64] [--sizes 64 128] [--batch 4] [--repeats 5] [--compile]
 
-Every row is timed in this one process, in turns, and only ratios within the run mean something: machines are shared and noisy.
-The first row, the plain network of chapter 30 in float32, is the published mathematics written plainly; it stands in for the
-original. The rows after it exchange the layers of one speed-up each (chapters 30b and 31). Peers that are not installed (the
-`bench` extra) are named as missing. The report goes to `benchmarks/results/network_<device>_<width>.md`."""
+Every row is timed in this one process, in turns. Only ratios within the run mean something, since machines are noisy.
+The first row, the plain network of chapter 30 in float32, is the published mathematics written plainly, and stands in
+for the original. The rows after it exchange the layers of one speed-up each (chapters 30b and 31). Peers that are not
+installed (the `bench` extra) are named as missing. The report goes to
+`benchmarks/results/network_<device>_<width>.md`."""
 import argparse, functools, math, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
@@ -112,18 +113,19 @@ def peers(width):
     widths = tuple(width*m for m in (1, 2, 3, 4))
     def concatenation():
         from diffusers import UNet2DModel
+        down = ('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D')
+        up = ('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D')
         unet = UNet2DModel(in_channels=1 + CLASSES, out_channels=1, block_out_channels=widths, layers_per_block=2,
-                           attention_head_dim=64,
-                           down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
-                           up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D')).to(DEVICE, **LAST)
+                           attention_head_dim=64, down_block_types=down, up_block_types=up).to(DEVICE, **LAST)
         return unet, lambda x, t, y: unet(torch.cat([x, y], 1).contiguous(**LAST), t).sample
     def monai():
         from monai.networks.nets import SPADEDiffusionModelUNet
-        unet = SPADEDiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, label_nc=CLASSES, num_res_blocks=2,
-                                       channels=widths, attention_levels=(False, False, True, True),
+        unet = SPADEDiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, label_nc=CLASSES,
+                                       num_res_blocks=2, channels=widths, attention_levels=(False, False, True, True),
                                        num_head_channels=math.gcd(64, widths[2]), norm_num_groups=32).to(DEVICE)
         return unet, unet
-    for name, build in (('diffusers UNet2DModel, mask concatenated', concatenation), ('MONAI SPADEDiffusionModelUNet', monai)):
+    builders = {'diffusers UNet2DModel, mask concatenated': concatenation, 'MONAI SPADEDiffusionModelUNet': monai}
+    for name, build in builders.items():
         try: build()
         except ImportError:
             yield f'{name} (not installed)', None
@@ -145,8 +147,8 @@ def wait():
 
 
 def clock(functions, repeats):
-    """Median milliseconds of each function, taken in turns. Before each call that is timed stands one that is not: caches and
-    memory are those of repeated calls."""
+    """Median milliseconds of each function, taken in turns. A call without a clock comes before each timed one, so that
+    caches and memory are those of repeated calls."""
     times = {name: [] for name in functions}
     for turn in range(repeats):
         for name, f in functions.items():
@@ -160,8 +162,8 @@ def clock(functions, repeats):
 
 
 def limits(batch):
-    """Best measured GFLOP/s of a convolution and of a matrix product, by precision; multiplications in the time that one number
-    is moved."""
+    """Best measured GFLOP/s of a convolution and of a matrix product, by precision, and how many multiplications take
+    the time of moving one number."""
     best, layers = {}, ((128, 64), (256, 32), (512, 16))  # channels, size
     for dtype in (torch.float32, torch.bfloat16):
         def random(*shape): return torch.randn(*shape, device=DEVICE, dtype=dtype)
@@ -212,7 +214,8 @@ def print_peak(args):
     x, t, y = inputs(args.sizes[0], args.batch)
     def used():
         if DEVICE == 'cuda': return torch.cuda.max_memory_allocated()/1e6
-        return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])/1e3  # largest resident size so far
+        status = Path('/proc/self/status').read_text()
+        return int(status.split('VmHWM:')[1].split()[0])/1e3  # largest resident size so far
     with torch.no_grad(): network(x[:1, ..., :32, :32], t[:1], y[:1, :32, :32])  # kernels and code that stay
     if DEVICE == 'cpu': Path('/proc/self/clear_refs').write_text('5')  # so far: from now
     before = used()
@@ -221,7 +224,8 @@ def print_peak(args):
 
 
 KINDS = {
-    'convolutions': ('convolution', 'conv_transpose'), 'products': ('mm', 'bmm', 'baddbmm'), 'normalise': ('group_norm',),
+    'convolutions': ('convolution', 'conv_transpose'), 'products': ('mm', 'bmm', 'baddbmm'),
+    'normalise': ('group_norm',),
     'look-ups and their sums': ('index_select', 'embedding_bag'),
     'scale, shift, SiLU, softmax, sums': ('addcmul', 'silu', 'mul', 'add', 'add_', 'sum', 'softmax', 'div', 'neg',
                                           'avg_pool2d', 'upsample'),
@@ -258,8 +262,9 @@ def training_table(size, args, peak_rates):
     work = {n: counted(lambda f=f: step(f, x, t, y)) for n, f in networks.items() if 'compiled' not in n}
     others = [n for n in networks if n not in VARIANTS and 'compiled' not in n]
     memory = {n: f'{peak(n, size, args):.0f}' for n in (PLAIN, 'all, float32', FAST, *others)}
-    lines = ['| network | forward, ms | times faster | forward + backward, ms | times faster | GFLOP | GFLOP/s | memory, MB |',
-             '|---|---|---|---|---|---|---|---|']
+    head = ('network', 'forward, ms', 'times faster', 'forward + backward, ms', 'times faster', 'GFLOP', 'GFLOP/s',
+            'memory, MB')
+    lines = ['| ' + ' | '.join(head) + ' |', '|---'*len(head) + '|']
     for n in networks:
         rate = f'{work[n]:.0f} | {work[n]/both[n]*1e3:.0f}' if n in work else ' | '
         times = f'{forward[n]:.0f} | {forward[PLAIN]/forward[n]:.2f} | {both[n]:.0f} | {both[PLAIN]/both[n]:.2f}'
@@ -268,13 +273,16 @@ def training_table(size, args, peak_rates):
     def search(): return [find_neighbourhoods(y[:, ::2**i, ::2**i], CLASSES) for i in range(4)]
     searched = clock({'search': search}, args.repeats)['search']
     same, half = (f'{both[PLAIN]/both[n]:.2f}' for n in ('all, float32', FAST))
-    rates = {n: work[n]/both[n]*1e3/peak_rates[d][0] for n, d in (('all, float32', torch.float32), (FAST, torch.bfloat16))}
+    precisions = {'all, float32': torch.float32, FAST: torch.bfloat16}
+    rates = {n: work[n]/both[n]*1e3/peak_rates[dtype][0] for n, dtype in precisions.items()}
     least = peak('all, bfloat16, checkpointing', size, args)
     lines += ['', f'A training step is {same} times faster at equal precision and {half} times with bfloat16. '
-              f'Share of the measured convolution rate: {rates["all, float32"]:.0%} in float32, {rates[FAST]:.0%} in bfloat16. '
+              f'Share of the measured convolution rate: {rates["all, float32"]:.0%} in float32, '
+              f'{rates[FAST]:.0%} in bfloat16. '
               f'The search for neighbourhoods takes {searched:.1f} ms of a step. '
               f'With checkpointing as well, a step takes {least:.0f} MB.', '',
-              '| time of a step | ' + ' | '.join([*KINDS, 'the rest: calls, autograd']) + ' |', '|---' * (len(KINDS) + 2) + '|']
+              '| time of a step | ' + ' | '.join([*KINDS, 'the rest: calls, autograd']) + ' |',
+              '|---' * (len(KINDS) + 2) + '|']
     for n in rates:
         shares = (f'{share:.0%}' for share in profiled(networks[n], x, t, y).values())
         lines.append(f'| {n} | ' + ' | '.join(shares) + ' |')
@@ -318,9 +326,10 @@ def sampling_table(size, args):
         source = '' if n in images else ' (from evaluations)'
         lines.append(f'| {n} | {ms[n]:.0f} | {plain/ms[n]:.2f} | {image:.0f}{source} | {published/image:.0f} |')
     own = images['ours, bfloat16']/args.batch
-    return lines + ['', f'The published default, {PUBLISHED_STEPS} steps of two plain passes, takes {published/1000:.0f} s an image '
-                    f'(from the timed evaluations); ours, measured from noise to image, {own/1000:.2f} s: '
-                    f'{published/own:.0f} times cheaper.']
+    summary = (f'The published default, {PUBLISHED_STEPS} steps of two plain passes, takes {published/1000:.0f} s '
+               f'per image (from the timed evaluations); ours, measured from noise to image, {own/1000:.2f} s: '
+               f'{published/own:.0f} times cheaper.')
+    return lines + ['', summary]
 
 
 def report(args):
@@ -328,12 +337,13 @@ def report(args):
     rates = limits(args.batch)
     (conv32, mm32, move32), (conv16, mm16, move16) = rates[torch.float32], rates[torch.bfloat16]
     yield f'# Network benchmark: {name}'
-    yield (f'{time.strftime("%Y-%m-%d")}. Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two '
-           f'levels, {CLASSES} classes, 1 channel, batch {args.batch}; torch {torch.__version__}. Medians of {args.repeats} '
-           f'(images: 1), all rows of a table in turns in one process. `python benchmarks/network.py {" ".join(sys.argv[1:])}`')
-    yield (f'The machine in the same run: convolutions {conv32:.0f} GFLOP/s in float32 and {conv16:.0f} in bfloat16, matrix '
-           f'products {mm32:.0f} and {mm16:.0f}; {move32:.0f} and {move16:.0f} multiplications of a convolution in the time of '
-           f'moving one number (`LOOKUP_COST` is {LOOKUP_COST}).')
+    today, words = time.strftime('%Y-%m-%d'), ' '.join(sys.argv[1:])
+    yield (f'{today}. Base width {args.width}, multipliers (1, 2, 3, 4), 2 blocks, attention at the last two levels, '
+           f'{CLASSES} classes, 1 channel, batch {args.batch}; torch {torch.__version__}. Medians of {args.repeats} '
+           f'(images: 1), all rows of a table in turns in one process. `python benchmarks/network.py {words}`')
+    yield (f'The machine in the same run: convolutions {conv32:.0f} GFLOP/s in float32 and {conv16:.0f} in bfloat16, '
+           f'matrix products {mm32:.0f} and {mm16:.0f}; {move32:.0f} and {move16:.0f} multiplications of a convolution '
+           f'in the time of moving one number (`LOOKUP_COST` is {LOOKUP_COST}).')
     for size in args.sizes:
         yield f'## {size} x {size}'
         yield '\n'.join(training_table(size, args, rates))

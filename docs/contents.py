@@ -1,4 +1,4 @@
-"""Writes nbs/README.md, the table of contents: the first cell of every notebook, and a picture of each of the five main chapters.
+"""Writes nbs/README.md, the table of contents, with a picture of each of the five main chapters.
 
     python docs/contents.py        # after a notebook's first cell, or one of these pictures, has changed"""
 import base64, json
@@ -14,7 +14,8 @@ MAIN = {  # notebook -> which of its pictures (from 0) stands here, and what is 
 }
 WINGS = {  # where a module lies -> heading
     '': 'The ground floor', 'cohort': 'Cohort: from files to a table', 'grid': 'Grid: from a table to batches',
-    'model': 'Model: the network and how it paints', 'training': 'Training', 'synthesis': 'Synthesis', 'evaluation': 'Evaluation',
+    'model': 'Model: the network and how it paints', 'training': 'Training', 'synthesis': 'Synthesis',
+    'evaluation': 'Evaluation',
     'end': 'Commands and tutorials',
 }
 

@@ -1,7 +1,8 @@
 """The network on a GPU that is not there.
 
-Fake tensors have a device, a shape and a type, but no numbers: what mixes devices fails as it would on a GPU. What cannot
-run on them is listed at the end, each with its error, so that the list stays true. Sampling: `test_devices_sampling.py`."""
+Fake tensors have a device, a shape and a type, but no numbers: what mixes devices fails as it would on a GPU.
+What cannot run on them is listed at the end, each with its error, so that the list stays true. Sampling has a file of
+its own, `test_devices_sampling.py`."""
 import logging
 from functools import partial
 

@@ -1,5 +1,5 @@
-"""Checkpoints of the published code with options that the golden vectors do not have: by name, and against the equations written
-out. And our own checkpoints: names and shapes of weights stay what they are."""
+"""Checkpoints of the published code with options that the golden vectors do not have: by name, and against the
+equations written out. Names and shapes of the weights of our own checkpoints stay what they are, too."""
 import hashlib
 from copy import deepcopy
 
@@ -21,8 +21,8 @@ STAGES = {'encoder': 'input_blocks', 'middle': 'middle_block', 'decoder': 'outpu
 
 
 def config(**changes):
-    return dict(in_channels=1, num_classes=5, model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_ds=[2],
-                num_heads=2, num_head_channels=-1, use_scale_shift_norm=True, resblock_updown=True,
+    return dict(in_channels=1, num_classes=5, model_channels=32, num_res_blocks=1, channel_mult=[1, 2],
+                attention_ds=[2], num_heads=2, num_head_channels=-1, use_scale_shift_norm=True, resblock_updown=True,
                 use_new_attention_order=False) | changes
 
 
@@ -112,7 +112,8 @@ def test_a_wrong_configuration_is_one_line():
     state = published_names(SDM(published_config(config())))
     with pytest.raises(CMRError, match='does not fit'): SDM.from_published(state, **config(num_classes=9))
     with pytest.raises(CMRError, match='unknown keys'): SDM.from_published(state, **config(class_cond=True))
-    with pytest.raises(CMRError, match='does not fit'): SDM.from_published({'input_blocks.0.0.gamma.weight': state['out.2.bias']}, **config())
+    other = {'input_blocks.0.0.gamma.weight': state['out.2.bias']}
+    with pytest.raises(CMRError, match='does not fit'): SDM.from_published(other, **config())
     without = {k: v for k, v in config().items() if k != 'channel_mult'}
     with pytest.raises(CMRError, match='channel_mult'): SDM.from_published(state, **without)
 
