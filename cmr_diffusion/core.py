@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STRUCTURES', 'BACKGROUND', 'MYOCARDIUM', 'LEFT_VENTRICLE', 'RIGHT_VENTRICLE', 'PADDING', 'logger', 'IMAGE_TYPES',
-           'PRECISIONS', 'CMRError', 'BadData', 'one_line', 'ImageType', 'type_named', 'Slice', 'GridSlices',
-           'stable_seed', 'choose_device', 'choose_precision', 'hold_memory', 'shared_data']
+           'PRECISIONS', 'CMRError', 'BadData', 'one_line', 'ImageType', 'type_named', 'time_factor', 'unit_named',
+           'canonical_type', 'doubtful_type', 'Slice', 'GridSlices', 'stable_seed', 'choose_device', 'choose_precision',
+           'hold_memory', 'shared_data']
 
 # %% ../nbs/00_core.ipynb #000i00
-import ctypes, hashlib, logging, os
+import ctypes, hashlib, logging, math, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ logger = logging.getLogger('cmr_diffusion')
 class CMRError(Exception):
     """A wrong call, or a file that cannot be used.
 
-    Arguments:
+    Args:
         message: one line that names the file or argument, what is wrong with it, and what to do.
 
     Every function of the package raises this error for what its user can put right, and the commands print its line
@@ -66,29 +67,84 @@ class ImageType:
     unit: str = 'rel'  # 'ms', or 'rel': relative to the volume's robust maximum (99.5th percentile)
     quantitative: bool = False  # whether the values are measurements
     scale: float = 1.0  # stored value (after rescale slope and intercept) -> unit
-    plausible: tuple[float, float] = (0.0, float('inf'))  # where the median over the heart lies, in the unit
-    maximum: float = float('inf')  # largest value of the 12-bit map, in the unit
+    plausible: tuple[float, float] = (0.0, math.inf)  # where the median over the heart lies, in the unit
+    maximum: float = math.inf  # largest value of the 12-bit map, in the unit
+    wall: tuple[float, float] = (0.0, math.inf)  # where the median of the myocardium lies, in the unit
+    blood: tuple[float, float] = (0.0, math.inf)  # where the median of the left-ventricular cavity lies, in the unit
+    limit: float = math.inf  # above it lies no measurement, in the unit: a fit has failed
 
 IMAGE_TYPES = {t.name: t for t in (
-    ImageType('T1', 'ms', True, 1.0, (400., 2500.), 4095.),
-    ImageType('T2', 'ms', True, 1.0, (20., 300.), 1000.),
+    ImageType('T1', 'ms', True, 1.0, (150., 2500.), 4095., (200., 2200.), (120., 2800.), 6000.),
+    ImageType('T2', 'ms', True, 1.0, (20., 300.), 1000., (15., 200.), (15., 800.), 4000.),
     ImageType('cine'))}
 
-# %% ../nbs/00_core.ipynb #00n006
+# %% ../nbs/00_core.ipynb #00n020
 def type_named(
-    name: str,  # such as 'T1', 'T2', 'cine'; an unknown name is a qualitative type
+    name: str,  # such as 'T1', 'T2', 'cine'
+    unit: str = '',  # 'ms' where the files or the table say so; '' or 'rel': what the package knows of the name
 ) -> ImageType:
-    "The `ImageType` of that name."
+    "The `ImageType` of that name; a name that is unknown is a qualitative type, or one in ms where its unit is that."
     if not name or not name.replace('_', '').replace('-', '').isalnum():
         raise CMRError(f"image type {name!r}: a type is a word of letters, digits, '-' and '_' (as in T1, T2, cine)")
-    return IMAGE_TYPES.get(name, ImageType(name))
+    known = IMAGE_TYPES.get(name, ImageType(name))
+    if unit != 'ms' or known.quantitative: return known
+    return ImageType(name, 'ms', True, 1.0, (1., 5000.), 4095., limit=6000.)
+
+# %% ../nbs/00_core.ipynb #00n011
+_MILLISECONDS = {  # how units of time are spelled
+    1.: 'ms msec msecs millisec millisecond milliseconds', 1000.: 's sec secs second seconds',
+    .001: 'us usec usecs microsec microsecond microseconds µs μs µsec μsec'}
+_FACTORS = {word: factor for factor, words in _MILLISECONDS.items() for word in words.split()}
+
+def time_factor(
+    text: str,  # as a file writes its unit: 'ms', 'MSEC', '[ms]', 'T1 (ms)', 's'
+) -> float | None:  # milliseconds per unit; None for what names no unit of time
+    "How many milliseconds a unit of time has."
+    match = re.fullmatch(r'(?:t[12][\W_]+)?[\[({\s]*([a-zµμ]+)[\])}\s.]*', str(text).strip().lower())
+    return _FACTORS.get(match[1]) if match else None
+
+def unit_named(
+    text: str,  # as a table writes it; '' where it says nothing
+) -> tuple[str, float]:  # '', 'ms' or 'rel', and what a value is multiplied by to be in it
+    "Bring the unit that a table names into the form of a row; `CMRError` for what is neither a time nor 'rel'."
+    if str(text).strip().lower() in ('', 'rel'): return str(text).strip().lower(), 1.
+    factor = time_factor(text)
+    if factor is None: raise CMRError(f"unit {text!r}: expected ms, s or us, rel (relative), or nothing")
+    return 'ms', factor
+
+# %% ../nbs/00_core.ipynb #00n028
+_WORDS = r'map(?:s|ping|ped)?|moco|native|pre(?:contrast)?|values?|(?:in)?ms'  # which leave a map what it is
+_METHODS = r'(?:prep(?:ared)?|b?ssfp|flash|gre|grase|mese)+map(?:s|ping)?'
+_SPELLINGS = {  # type -> how it may be spelled, in lower case and without separators
+    'T1': rf'(?:{_WORDS})*t1(?:{_WORDS}|molli|shmolli|sasha)*', 'T2': rf'(?:{_WORDS})*t2(?:(?:{_WORDS})*|{_METHODS})',
+    'T2star': r'(?:map(?:s|ping)?)?t2(?:\*|star)(?:map(?:s|ping)?)?', 'cine': 'cine'}
+
+def canonical_type(
+    name: str,  # as a table or a folder names an image type
+) -> str:  # the package's name for it, or the name itself
+    "The name of an image type, whatever its usual spelling."
+    plain = re.sub(r'[\s_.()-]', '', str(name).lower())
+    return next((known for known, spelled in _SPELLINGS.items() if re.fullmatch(spelled, plain)), name)
+
+# %% ../nbs/00_core.ipynb #00n031
+_DOUBTFUL = r'map|molli|sasha|^ecv|^adc|t1rho|t2star|t2\*|t1(post|gd|contrast|ce)|(post|contrast)t1'
+
+def doubtful_type(
+    name: str,  # of an image type whose unit neither files nor table state
+) -> str:  # '' where there is nothing to ask
+    "A line that asks for the unit of a type that sounds like a measurement and is none that the package knows."
+    plain = re.sub(r'[\s_.()-]', '', str(name).lower())
+    if canonical_type(name) in IMAGE_TYPES or re.search(r'weight|t[12]w', plain): return ''
+    if not re.search(_DOUBTFUL, plain): return ''
+    return (f'{name} is taken for an image without a unit: where its values are milliseconds, say so in the column '
+            'unit of a table (--layout csv), or in RescaleType')
 
 # %% ../nbs/00_core.ipynb #000013
 @dataclass
 class Slice:
     """One short-axis image with its label map.
 
-    Arguments:
+    Args:
         pixels: array (rows, columns) of float32, in the unit of the type (qualitative types: as stored).
         spacing: row and column spacing in mm; nan where unknown.
         type: name of the image type, such as 'T1'.
@@ -96,6 +152,7 @@ class Slice:
         patient: key of the patient's folder.
         name: slice within patient and type, such as 'Mid' or 'frame01_03'.
         robust_max: 99.5th percentile of the volume, for qualitative types; nan where unknown.
+        unit: 'ms' where the pixels are milliseconds although the type's name does not say so; '' else.
 
     Raises:
         CMRError: where pixels and labels are not two arrays of one shape (rows, columns).
@@ -107,12 +164,18 @@ class Slice:
     patient: str = ''  # key of the patient's folder
     name: str = ''  # slice within patient and type: 'Mid', 'frame01_03'
     robust_max: float = float('nan')  # 99.5th percentile of the volume (qualitative types)
+    unit: str = ''  # 'ms', 'rel'; '': the unit of the type
 
     def __post_init__(self):
         named, shape = f'slice {self.patient}/{self.name}', self.pixels.shape
         if len(shape) != 2: raise CMRError(f'{named}: pixels have shape {shape}, expected (rows, columns)')
         if self.labels is not None and self.labels.shape != shape:
             raise CMRError(f'{named}: label map {self.labels.shape} and image {shape} differ in shape')
+
+    @property
+    def meaning(self) -> ImageType:
+        "What the pixels mean: unit, and whether they are measurements."
+        return type_named(self.type, self.unit)
 
 # %% ../nbs/00_core.ipynb #00e004
 @dataclass(frozen=True, eq=False)
@@ -171,7 +234,7 @@ def choose_device(
         raise CMRError(f'--device {name}: PyTorch cannot use it here; give cpu, or cuda where there is a GPU') from None
     return str(name)
 
-# %% ../nbs/00_core.ipynb #00n009
+# %% ../nbs/00_core.ipynb #00n023
 def choose_precision(
     name: str = 'auto',  # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has arithmetic for it
     device='cpu',  # name of the device, or a `torch.device`

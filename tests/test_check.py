@@ -1,5 +1,5 @@
 """cmr_check says what is wrong with a cohort and changes nothing; the options that it shares with cmr_prepare."""
-import shutil
+import json, shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,11 @@ class Heart:
 
 def hearts(): return toy_slices(1, ('T1',), shape=(40, 52))
 
+def upper_rows(pixels, value):
+    "Pixels whose upper rows, where no heart is, have one value."
+    pixels[:10] = value
+    return pixels
+
 
 @damage('truncated')
 def cut(heart): heart.image.write_bytes(heart.image.read_bytes()[:1500])
@@ -90,6 +95,19 @@ def red_green_blue(heart): heart.retag(SamplesPerPixel=3, PhotometricInterpretat
 @damage('missing spacing', 'kept', 'no file states the pixel spacing')
 def no_spacing(heart): heart.retag(PixelSpacing=None)
 
+@damage('nominal spacing', 'kept', 'is not used')
+def film_spacing(heart):
+    heart.retag(PixelSpacing=None, NominalScannedPixelSpacing=[1.5, 1.5])
+    return dict(also={('missing spacing', 'warning', 'kept')})
+
+@damage('stated twice', 'kept', 'which is used')
+def two_slopes(heart):
+    transformation = pydicom.Dataset()
+    transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = '0.1', '0', 'ms'
+    group = pydicom.Dataset()
+    group.PixelValueTransformationSequence = [transformation]
+    heart.retag(SharedFunctionalGroupsSequence=[group], RescaleSlope='0.2')
+
 @damage('missing spacing', 'repaired', 'taken from ImagerPixelSpacing')
 def other_spacing(heart): heart.retag(PixelSpacing=None, ImagerPixelSpacing=[1.5, 1.5])
 
@@ -108,6 +126,79 @@ def stray_bits(heart): heart.repaint(lambda pixels: pixels | 0x8000, BitsStored=
 @damage('missing tag', 'repaired', 'PhotometricInterpretation taken as MONOCHROME2')
 def no_photometric_interpretation(heart): heart.retag(PhotometricInterpretation=None)
 
+@damage('bit position', 'repaired', 'shifted down by 1')
+def left_justified(heart): heart.repaint(lambda pixels: pixels << 1, BitsStored=15, HighBit=15)
+
+@damage('padding', 'repaired', '520 of 2080 pixels')
+def padded(heart):
+    heart.repaint(lambda pixels: upper_rows(pixels, 60000))
+    dataset = pydicom.dcmread(heart.image)
+    dataset.add_new('PixelPaddingValue', 'US', 60000)
+    dataset.save_as(heart.image)
+
+@damage('negative values', 'repaired', 'down to -100')
+def below_zero(heart):
+    heart.repaint(lambda pixels: upper_rows(pixels.astype(np.int16), -1000), PixelRepresentation=1)
+
+@damage('failed fits', 'repaired', '520 of 2080 pixels above')
+def failed_fits(heart): heart.repaint(lambda pixels: upper_rows(pixels//10, 30000), RescaleSlope=1)
+
+@damage('wrapped values', 'repaired', 'without their sign')
+def wrapped(heart): heart.repaint(lambda pixels: upper_rows(pixels//10, 65516), RescaleSlope=1)
+
+@damage('not a number', 'repaired', '520 of 2080 pixels')
+def not_a_number(heart):
+    values = upper_rows(pydicom.dcmread(heart.image).pixel_array.astype(np.float32), np.nan)
+    heart.retag(FloatPixelData=values.tobytes(), BitsAllocated=32, PixelData=None, BitsStored=None, HighBit=None,
+                PixelRepresentation=None)
+
+@damage('no signal', message='of the heart')
+def holes(heart):
+    heart.repaint(lambda pixels: np.where(heart.label_map() == 1, -10, pixels.astype(np.int16)), PixelRepresentation=1)
+    return dict(also={('negative values', 'warning', 'repaired')})
+
+@damage('inverted display', 'kept', 'MONOCHROME1')
+def monochrome1(heart): heart.retag(PhotometricInterpretation='MONOCHROME1')
+
+@damage('negative slope', 'kept', 'RescaleSlope is -0.1')
+def falling(heart): heart.repaint(lambda pixels: 40000 - pixels, RescaleSlope='-0.1', RescaleIntercept='4000')
+
+@damage('unsupported slope', message='RescaleSlope is 0')
+def flat_slope(heart): heart.retag(RescaleSlope=0)
+
+@damage('conflicting units', message='RMAX')
+def relative_map(heart): heart.retag(RescaleType='RMAX')
+
+@damage('unused scale', 'kept', 'names its unit')
+def needless_scale(heart): return dict(scales={'T1': .1})
+
+@damage('image type', 'repaired', 'T1map is read as T1')
+def spelled_otherwise(heart):
+    for folder in list(heart.patient.iterdir()):
+        folder.rename(folder.with_name(folder.name.replace('T1', 'T1map')))
+
+@damage('two files of one slice', message='keep the one that the contours')
+def two_maps(heart):
+    (heart.patient/'T1_mapping').mkdir()
+    shutil.copy(heart.maps/'Apex.dcm', heart.patient/'T1_mapping'/'Mid.dcm')
+
+@damage('two patients of one name', message='another PatientID')
+def numbered_alike(heart):
+    for batch in ('2022_11_22', '2023_08_15'): shutil.copytree(heart.patient, heart.root/batch/'toy000')
+    shutil.rmtree(heart.patient)
+    for f in (heart.root/'2022_11_22').rglob('*.dcm'):
+        dataset = pydicom.dcmread(f)
+        dataset.PatientID = 'somebody else'
+        dataset.save_as(f)
+
+@damage('unmatched exclusion', 'kept', 'toy001/T1_Mapping_/Mid.dcm')
+def misspelled_list(heart): (heart.root/'unusable.txt').write_text('toy001/T1_Mapping_/Mid.dcm')
+
+@damage('no contrast', message='do the labels lie on the heart')
+def elsewhere(heart):
+    noise = np.random.default_rng(0).normal(7000, 100, (40, 52))
+    heart.repaint(lambda pixels: noise.astype(np.uint16))
+
 @damage('constant image', file='Mid.dcm')
 def black(heart): heart.repaint(np.zeros_like)
 
@@ -121,7 +212,7 @@ def overexposed(heart):
 @damage('implausible values')
 def tenths(heart): heart.retag(RescaleSlope=1)
 
-@damage('no signal')
+@damage('no signal', message='99.5th percentile')
 def dark_cine(heart):
     for name in ('T1_Mapping_', 'T1_map_apex', 'T1_map_mid_', 'T1_map_base'):
         (heart.patient/name).rename(heart.patient/name.replace('T1', 'cine'))
@@ -130,12 +221,13 @@ def dark_cine(heart):
         pixels = np.zeros_like(dataset.pixel_array)
         pixels[0, 0] = 1
         dataset.PixelData = pixels.tobytes()
+        del dataset.RescaleType  # cine has no unit
         dataset.save_as(f)
 
 @damage('duplicate slice', message='the same pixels as toy000/T1/Apex')
 def copied(heart): shutil.copy(heart.maps/'Apex.dcm', heart.image)
 
-@damage('duplicate slice', message='the same UID as toy000/T1/Apex')
+@damage('same UID', 'kept', '2 different images')
 def same_uid(heart): heart.retag(SOPInstanceUID=pydicom.dcmread(heart.maps/'Apex.dcm').SOPInstanceUID)
 
 @damage('no label')
@@ -164,6 +256,33 @@ def small_loop(heart):
         return np.insert(outer, 5, back + .15*outwards/np.hypot(*outwards), axis=0), inner
     heart.redraw(loop)
 
+@damage('implausible wall', message='saved twice')
+def one_line_twice(heart): heart.redraw(lambda outer, inner: (outer, outer))
+
+@damage('malformed contour', message='encloses no area', file='Contours.json')
+def straight_line(heart): heart.redraw(lambda outer, inner: (outer, np.linspace(inner[0], inner[0] + [3, 3], 9)))
+
+@damage('malformed contour', message='2 outlines', file='Contours.json')
+def two_cavities(heart):
+    lists = json.loads(heart.contours.read_text())
+    for axis in 'xy': lists[f'endocardial_contours_{axis}'] = [lists[f'endocardial_contours_{axis}']]*2
+    heart.contours.write_text(json.dumps(lists))
+
+@damage('implausible heart', message='in pixels', file='Contours.json')
+def in_metres(heart): heart.redraw(lambda outer, inner: (outer/1000, inner/1000))
+
+@damage('implausible heart', message='mm across')
+def enlarged(heart): heart.retag(PixelSpacing=[9, 9])
+
+@damage('not a ring', message='around the wall', file='labels.png')
+def exchanged_numbers(heart): heart.label([0, 2, 1, 3])
+
+@damage('not a ring', message='within the left one', file='labels.png')
+def numbers_of_acdc(heart): heart.label([0, 2, 3, 1])
+
+@damage('implausible right ventricle', message='100%')
+def right_around_left(heart): heart.label([3, 1, 2, 3])
+
 @damage('outside the image')
 def shifted(heart): heart.redraw(lambda outer, inner: (outer - [35, 0], inner - [35, 0]))
 
@@ -172,6 +291,9 @@ def blank_label(heart): heart.label([0, 0, 0, 0])
 
 @damage('missing structure', message='no left_ventricle in this slice')
 def wall_only(heart): heart.label([0, 1, 0, 0])
+
+@damage('unreadable', message='label map: ', file='labels.png')
+def no_label_image(heart): heart.labels.write_text('?')
 
 @damage('unknown label')
 def other_numbers(heart): heart.label([0, 1, 2, 9])
@@ -210,10 +332,11 @@ def drawn(tmp_path_factory):
 def test_damage_becomes_a_finding(tmp_path, drawn, kind, action, message, file, spoil):
     root = shutil.copytree(drawn, tmp_path/'cohort')
     options = spoil(Heart(root)) or {}
-    before = contents(root)
+    also, before = options.pop('also', set()), contents(root)
     table = read_cohort(root, **options)
     found = findings(table, root)
-    assert {(f.kind, f.severity, f.action) for f in found.itertuples()} == {(kind, SEVERITY[kind], action)}
+    assert {(f.kind, f.severity, f.action) for f in found.itertuples()} == {(kind, SEVERITY[kind], action)} | also
+    found = found[found.kind == kind]
     assert found.message.str.contains(message, regex=False).all() and not found.message.str.contains('\n').any()
     assert set(found.path.map(lambda path: Path(path).name)) == {file} or not file
     assert (~table.usable).sum() == (found.action.eq('excluded') & found.kind.ne('unexpected folder')).sum()
@@ -225,7 +348,9 @@ def test_an_undamaged_heart_has_no_finding(drawn):
 
 
 def test_every_kind_of_finding_is_tried():
-    assert set(SEVERITY) - {case.values[0] for case in DAMAGE} == {'missing plugin'}  # all plugins are installed
+    from test_kinds import TRIED
+    tried = TRIED | {case.values[0] for case in DAMAGE}
+    assert set(SEVERITY) - tried == {'missing plugin'}  # of which tests/cases/jpeg_lossless is the example
 
 
 def test_a_table_with_a_leak_has_a_finding_per_patient(drawn):
@@ -259,7 +384,7 @@ def test_findings_are_counted_listed_and_shown(place, damaged):
     for kind in ('truncated excluded', 'malformed contour excluded', 'missing spacing repaired'):
         assert kind in ' '.join(done.stdout.split()), done.stdout
     found = pd.read_csv(place.folder/'report'/'findings.csv')
-    assert list(found.columns) == ['path', 'patient', 'kind', 'severity', 'message', 'action'] and len(found) == 3
+    assert list(found.columns) == ['path', 'patient', 'id', 'kind', 'severity', 'message', 'action'] and len(found) == 3
     page = (place.folder/'report'/'findings.html').read_text()
     assert page.count('<img') == 3 + 2 and 'Contours.json' in page  # three figures; the cut file has no picture
     assert contents(damaged) == before

@@ -6,7 +6,7 @@
 __all__ = ['rescale', 'write_dicom']
 
 # %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bi00
-import hashlib, math
+import hashlib, math, re
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +14,35 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid, MRImageStorage
 from pydicom.valuerep import DSfloat
 
-from ..core import CMRError, Slice, type_named
+from ..core import CMRError, logger, Slice, type_named
 from ..output import atomic_path
 
 # %% ../../nbs/10b_cohort.dicom_writing.ipynb #010018
 def rescale(
     image_type: str,  # its name
+    unit: str = '',  # 'ms' where the slice says so; '': the unit of the type
 ) -> tuple[float, str]:  # slope, RescaleType
     "Say in what steps, and in which unit, images of a type are written."
-    t = type_named(image_type)
+    t = type_named(image_type, unit)
     if not t.quantitative: return 1/4096, 'RMAX'
     return next((slope for slope in (.01, .02, .05, .1, .2, .5) if slope*65535 >= 1.2*t.maximum), 1.), t.unit
 
 # %% ../../nbs/10b_cohort.dicom_writing.ipynb #010021
+def _in_steps(cmr_slice, slope, unit):
+    "Values of a slice in steps of the slope (rows, columns) float64."
+    if unit != 'RMAX': return np.asarray(cmr_slice.pixels, np.float64)/slope
+    if cmr_slice.robust_max > 0: return np.asarray(cmr_slice.pixels, np.float64)/cmr_slice.robust_max/slope
+    message = 'needs a robust maximum to be written (robust_max=1 where pixels are relative already)'
+    raise CMRError(f'slice {cmr_slice.patient}/{cmr_slice.name}: {cmr_slice.type} {message}')
+
 def _stored(cmr_slice, slope, unit):
-    "The numbers to store (rows, columns) uint16, clipped to their range; what is not finite becomes 0 or the largest."
-    if unit != 'RMAX': values = cmr_slice.pixels
-    elif cmr_slice.robust_max > 0: values = cmr_slice.pixels/cmr_slice.robust_max
-    else:
-        message = 'needs a robust maximum to be written (robust_max=1 where pixels are relative already)'
-        raise CMRError(f'slice {cmr_slice.patient}/{cmr_slice.name}: {cmr_slice.type} {message}')
-    steps = np.nan_to_num(np.asarray(values, np.float64)/slope, nan=0., posinf=65535., neginf=0.)
-    return np.clip(np.rint(steps), 0, 65535).astype('<u2')
+    "The numbers to store (rows, columns), 16 bits with or without sign, and how many of them had to be clipped."
+    steps = _in_steps(cmr_slice, slope, unit)
+    signed = unit == 'RMAX' and (steps < -.5).any()
+    low, high = (-32768, 32767) if signed else (0, 65535)
+    lost = int((~((steps >= low - .5) & (steps <= high + .5))).sum())
+    numbers = np.nan_to_num(steps, nan=0., posinf=high, neginf=low)
+    return np.clip(np.rint(numbers), low, high).astype('<i2' if signed else '<u2'), lost
 
 # %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn002
 def _set_identifiers(ds, cmr_slice, description, patient_id, seed):
@@ -54,20 +61,27 @@ _REQUIRED_BUT_EMPTY = (
     'Manufacturer', 'ScanOptions', 'MRAcquisitionType', 'EchoTime', 'EchoTrainLength', 'RepetitionTime',
     'SliceThickness', 'PositionReferenceIndicator')
 
+def _text(text):
+    "A text as DICOM holds it: 64 characters, no backslash, on one line."
+    text = re.sub(r'[\\\x00-\x1f\x7f]', '-', str(text))
+    if len(text) <= 64: return text
+    return f'{text[:55]}~{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}'
+
 def _patient(patient, patient_id, patient_name, synthetic):
     "Id and name to write, from the patient's folder where they are not given."
     patient = (patient or 'unnamed').translate(str.maketrans('\\^=*?', '-----'))
     patient_id, patient_name = patient_id or patient, patient_name or patient
     if synthetic and not patient_id.startswith('SYNTHETIC'): patient_id = f'SYNTHETIC-{patient_id}'
     if synthetic and not patient_name.startswith('SYNTHETIC'): patient_name = f'SYNTHETIC^{patient_name}'
-    return patient_id[:64], patient_name[:64]
+    return _text(patient_id), _text(patient_name)
 
 # %% ../../nbs/10b_cohort.dicom_writing.ipynb #10bn005
 def _set_description(ds, synthetic, description, patient_id, patient_name):
     "What the file says of its patient and of its making."
+    ds.SpecificCharacterSet = 'ISO_IR 192'  # UTF-8
     ds.ImageType = ['DERIVED', 'SECONDARY']
     ds.SyntheticData = 'YES' if synthetic else 'NO'
-    ds.Modality, ds.SeriesDescription = 'MR', description
+    ds.Modality, ds.SeriesDescription = 'MR', _text(description)
     ds.PatientName, ds.PatientID = patient_name, patient_id
     for keyword in _REQUIRED_BUT_EMPTY: setattr(ds, keyword, None)
     ds.ScanningSequence, ds.SequenceVariant = 'RM', 'NONE'  # research mode
@@ -77,7 +91,8 @@ def _set_description(ds, synthetic, description, patient_id, patient_name):
 def _set_pixels(ds, stored):
     "Matrix and stored numbers, 16 bits."
     ds.Rows, ds.Columns = stored.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, 'MONOCHROME2', 0
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, 'MONOCHROME2'
+    ds.PixelRepresentation = int(stored.dtype.kind == 'i')
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.PixelData = stored.tobytes()
 
@@ -116,9 +131,10 @@ def write_dicom(
     seed: int = 0,  # another seed, other UIDs
     instance: int = 1,  # number within its series
 ) -> Path:
-    "Write a slice as MR Image Storage, in its unit; values outside 16 bits are clipped, nan becomes 0."
-    slope, unit = rescale(cmr_slice.type)
-    stored = _stored(cmr_slice, slope, unit)
+    "Write a slice as MR Image Storage, in its unit; what 16 bits cannot hold is clipped and logged, nan becomes 0."
+    slope, unit = rescale(cmr_slice.type, cmr_slice.unit)
+    stored, lost = _stored(cmr_slice, slope, unit)
+    if lost: logger.warning('%s: %d of %d pixels do not fit into 16 bits and were clipped', path, lost, stored.size)
     description = series_description or f'{cmr_slice.type} {cmr_slice.name}'.strip()
     patient_id, patient_name = _patient(cmr_slice.patient, patient_id, patient_name, synthetic)
     ds = Dataset()

@@ -15,41 +15,52 @@ import pandas as pd
 from PIL import Image, ImageColor, ImageDraw
 
 from .. import charts
-from .contours import crossings
+from .contour_checks import crossings
 from .files import load_slice, read_image, row_contours
-from .layouts import write_csv
+from .rows import is_of_label
+from .tables import write_csv
 from ..core import CMRError
 from ..figures import COLOURS
-from ..output import atomic_path
+from ..results import result
 
 # %% ../../nbs/17_cohort.quality.ipynb #060005
 KINDS = dict(  # severity -> kinds, the gravest first
     error=(
         'unreadable', 'truncated', 'no pixel data', 'missing plugin', 'wrong modality', 'colour', 'multi-frame',
         'malformed contour', 'self-crossing', 'outside the image', 'endocardium not inside epicardium', 'unknown label',
-        'label and image of different shape', 'implausible spacing', 'constant image', 'saturated image', 'no signal',
-        'implausible values', 'duplicate slice', 'patient in two splits'),
+        'label and image of different shape', 'label at another place', 'lossy label', 'unclear axis order',
+        'two files of one slice', 'not a ring', 'implausible heart', 'implausible wall', 'implausible right ventricle',
+        'implausible spacing', 'unsupported slope', 'conflicting units', 'constant image', 'saturated image',
+        'no signal', 'no contrast', 'implausible values', 'duplicate slice', 'patient in two splits'),
     warning=(
-        'missing contour', 'missing structure', 'missing spacing', 'small loop', 'unexpected folder',
-        'not in the split', 'stray bits', 'missing tag'),
-    info=('no label', 'empty label', 'excluded', 'superseded', 'missing meta header'))
+        'missing contour', 'missing structure', 'missing spacing', 'default spacing', 'nominal spacing',
+        'spacing disagreement', 'label without geometry', 'label slightly off', 'slice order', 'axes reordered',
+        'unit unknown', 'stated twice', 'negative slope', 'inverted', 'inverted display', 'bit position', 'padding',
+        'negative values', 'failed fits', 'wrapped values', 'not a number', 'isolated value',
+        'same UID', 'repeated slice', 'two patients of one name', 'no entry', 'unmatched exclusion', 'unknown column',
+        'unknown level', 'small loop', 'unexpected folder', 'not in the split', 'stray bits', 'missing tag'),
+    info=(
+        'no label', 'empty label', 'excluded', 'superseded', 'missing meta header', 'image type', 'unused scale',
+        'spacing stated once', 'place stated twice', 'unit of length', 'label reoriented', 'odd header',
+        'picture turned', 'palette', 'backslash', 'observer names'))
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n031
 SEVERITY = {kind: severity for severity, kinds in KINDS.items() for kind in kinds}
 _RANK = {severity: rank for rank, severity in enumerate(KINDS)}
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n002
-FINDING = ('path', 'patient', 'kind', 'severity', 'message', 'action')  # action: 'excluded', 'kept' or 'repaired'
-
-_OF_LABEL = ('contour', 'epicardium', 'label', 'structure', 'self-crossing', 'outside', 'loop')  # words of such kinds
+FINDING = ('path', 'patient', 'id', 'kind', 'severity', 'message', 'action')  # action: 'excluded', 'kept' or 'repaired'
 
 def _severity(kind): return SEVERITY.get(kind, 'error')
 
+def _about(kind, message, action, path='', patient='', id=''):
+    "A finding."
+    return dict(zip(FINDING, (path, patient, id, kind, _severity(kind), message, action)))
+
 def _finding(row, kind, message, action):
     "A finding about a row of the cohort table."
-    of_label = row['label'] and any(word in kind for word in _OF_LABEL)
-    path = row['label'] if of_label else row['image']
-    return dict(zip(FINDING, (path, row['patient'], kind, _severity(kind), message, action)))
+    path = row['label'] if row['label'] and is_of_label(kind, message) else row['image']
+    return _about(kind, message, action, path, row['patient'], row['id'])
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n003
 NOTICES = {}  # kind of finding -> function(row) that yields messages about a usable slice
@@ -83,15 +94,30 @@ def _split_kind(text):
     kind, _, message = text.partition(': ')
     return kind, message
 
+def _notes(text): return filter(None, str(text).split('; '))
+
 def _of_row(row):
     "Findings about one row of the table: what was repaired, then why it is left out, or what to know about it."
-    for repair in filter(None, str(row['repaired']).split('; ')): yield _finding(row, *_split_kind(repair), 'repaired')
+    for note in _notes(row['repaired']): yield _finding(row, *_split_kind(note), 'repaired')
     if not row['usable']:
         kind, message = _split_kind(str(row['reason']))
         yield _finding(row, kind or 'unreadable', message, 'excluded')
         return
+    for note in _notes(row['remarks']): yield _finding(row, *_split_kind(note), 'kept')
     for kind, messages in NOTICES.items():
         for message in messages(row): yield _finding(row, kind, message, 'kept')
+
+# %% ../../nbs/17_cohort.quality.ipynb #17n101
+_SAID_ONCE = 'image type', 'unit unknown', 'unused scale'  # about a type, not about a file
+
+def _once(found):
+    "The findings without those that say again of a file, or of a type, what was repaired or kept."
+    seen = set()
+    for finding in found:
+        path = '' if finding['kind'] in _SAID_ONCE else finding['path']
+        key = path, finding['kind'], finding['message'], finding['action']
+        if finding['action'] == 'excluded' or key not in seen: yield finding
+        seen.add(key)
 
 # %% ../../nbs/17_cohort.quality.ipynb #060007
 def _two_splits(table):
@@ -99,8 +125,7 @@ def _two_splits(table):
     named = table[table.split != '']
     for patient, splits in named.groupby('patient').split.unique().items():
         if len(splits) < 2: continue
-        kind = 'patient in two splits'
-        yield dict(zip(FINDING, ('', patient, kind, _severity(kind), ' and '.join(sorted(splits)), 'kept')))
+        yield _about('patient in two splits', ' and '.join(sorted(splits)), 'kept', patient=patient)
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n027
 def _subfolders(folder): return [f for f in sorted(folder.iterdir()) if f.is_dir()]
@@ -115,8 +140,7 @@ def _unexpected(table, root):
         folder = folders.pop(0)
         if folder in used: folders += _subfolders(folder)
         elif not folder.name.startswith('.') and not expected.fullmatch(folder.name):
-            kind, message = 'unexpected folder', 'nothing of the cohort was found in it'
-            yield dict(zip(FINDING, (str(folder), '', kind, _severity(kind), message, 'excluded')))
+            yield _about('unexpected folder', 'nothing of the cohort was found in it', 'excluded', str(folder))
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n008
 def findings(
@@ -124,7 +148,8 @@ def findings(
     root: Path | str | None = None,  # the cohort's folder, in which unexpected folders are looked for
 ) -> pd.DataFrame:  # columns `FINDING`, one row per problem
     "What is wrong with a cohort, and what was done about it. Nothing is raised and no file is changed."
-    rows = [finding for row in table.to_dict('records') for finding in _of_row(row)]
+    rows = list(_once(finding for row in table.to_dict('records') for finding in _of_row(row)))
+    rows += [_about(action='kept', **remark) for remark in table.attrs.get('remarks', [])]
     rows += _two_splits(table)
     if root is not None and Path(root).is_dir(): rows += _unexpected(table, Path(root).absolute())
     return pd.DataFrame(rows, columns=list(FINDING)).astype(str)
@@ -220,14 +245,11 @@ def _page(found, table, pictures):
     return f'{head}<h1>{title}</h1>{_html_table(count_findings(found))}{_figures(table)}{_html_table(found, pictures)}'
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n021
-def _rows_of_files(table):
-    "Rows by (file, message of the reason), and the first row of each file by (file, None)."
-    rows = {}
-    for row in table.to_dict('records'):
-        for path in (row['label'], row['image']):
-            rows.setdefault((path, row['reason'].partition(': ')[2]), row)
-            rows.setdefault((path, None), row)
-    return rows
+def _hidden(found, hide):
+    "The findings with all that may name a patient hidden."
+    in_message = getattr(hide, 'in_message', hide)
+    hidden = {column: found[column].map(hide) for column in ('path', 'patient', 'id')}
+    return found.assign(**hidden, message=found.message.map(in_message))
 
 # %% ../../nbs/17_cohort.quality.ipynb #060014
 def write_findings(
@@ -235,15 +257,14 @@ def write_findings(
     table: pd.DataFrame,  # the cohort table that they are about
     folder: Path | str,  # gets findings.csv and findings.html
     pictures: int = 300,  # how many thumbnails at most, the gravest first
-    hide: Callable[[str], str] = str,  # what is done to every text that is written, such as `pseudonyms`
+    hide: Callable[[str], str] = str,  # what is done to paths, patients, ids and messages, such as `pseudonyms`
 ) -> Path:  # the HTML page
     "Write findings as CSV and as one HTML page with a thumbnail beside each problem that a slice has."
     found = found.loc[found.severity.map(_RANK).sort_values(kind='stable').index].reset_index(drop=True)
-    rows, folder = _rows_of_files(table), Path(folder)
-    shown = [rows.get((f.path, f.message)) or rows.get((f.path, None)) for f in found.itertuples()]
-    tags = [_picture_tag(row) if i < pictures else '' for i, row in enumerate(shown)]
-    hidden = found.map(hide)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder/'findings.csv') as p: write_csv(hidden, p)
-    with atomic_path(folder/'findings.html') as p: p.write_text(_page(hidden, table, tags), encoding='utf-8')
-    return folder/'findings.html'
+    rows = {row['id']: row for row in table.to_dict('records')}
+    tags = [_picture_tag(rows.get(id)) if i < pictures else '' for i, id in enumerate(found.id)]
+    hidden = _hidden(found, hide)
+    with result(folder, 'findings') as room:
+        write_csv(hidden, room/'findings.csv')
+        (room/'findings.html').write_text(_page(hidden, table, tags), encoding='utf-8')
+    return Path(folder)/'findings.html'
