@@ -258,6 +258,13 @@ def test_a_learner_in_a_run_writes_into_it(cache):
     assert learner(cache).path != run.folder
 
 
+def test_a_training_writes_into_its_run(cache, monkeypatch):
+    paths = []
+    monkeypatch.setattr('cmr_diffusion.training.learner.log_settings', lambda learn, config: paths.append(learn.path))
+    _, folder = train(cache, TrainConfig('tiny', steps=1, checks=1, batch_size=2), 'learner', device='cpu')
+    assert paths == [folder.parent]
+
+
 def test_steps_and_checks(cache):
     run_id, folder = train(cache, TrainConfig('tiny', steps=7, checks=3, batch_size=2), 'learner', device='cpu')
     run = find_run(run_id)

@@ -87,6 +87,7 @@ class GridDataset:
         "The slice at position `i` of the cache, with the value transforms of this dataset."
         return self.cache.sample(i, rng, self.values)
 
+# %% ../../nbs/23_grid.loaders.ipynb #23n025
 class TrainingStream(GridDataset):
     "The slices of a training as an endless stream: pass after pass in a new order, with new spacings and shifts."
     seed = 0
@@ -100,7 +101,7 @@ class TrainingStream(GridDataset):
 def _order(seed: int, number: int, slices: int) -> np.ndarray:  # (slices,) a permutation
     return np.random.default_rng(stable_seed(seed, number, 'order')).permutation(slices)
 
-# %% ../../nbs/23_grid.loaders.ipynb #23n026
+# %% ../../nbs/23_grid.loaders.ipynb #23n028
 class GridLoader(DataLoader):
     "fastai's loader of (images, class numbers, spacing); with `steps`, an epoch is a piece of an endless stream."
     n_inp = 3
@@ -136,7 +137,7 @@ class GridLoader(DataLoader):
         images, classes = (torch.from_numpy(np.stack(arrays)) for arrays in (images, classes))
         return images, classes, torch.tensor(spacing, dtype=torch.float32)
 
-# %% ../../nbs/23_grid.loaders.ipynb #23n029
+# %% ../../nbs/23_grid.loaders.ipynb #23n031
 def images_and_condition(
     batch: tuple[Tensor, Tensor, Tensor],  # images, class numbers and spacing
     spec: ConditionSpec,  # of the channels
@@ -145,7 +146,7 @@ def images_and_condition(
     images, classes, spacing = batch
     return images, Condition(classes, spacing, spec.channels)
 
-# %% ../../nbs/23_grid.loaders.ipynb #23n032
+# %% ../../nbs/23_grid.loaders.ipynb #23n034
 @patch
 def decode_batch(self: GridLoader,
     batch: tuple[Tensor, Tensor, Tensor],  # images, class numbers and spacing
@@ -171,7 +172,7 @@ def show_batch(self: GridLoader,
     items = [(s, s.labels) for s in slices]
     return image_grid([items[i:i + columns] for i in range(0, len(items), columns)], cell=1.3)
 
-# %% ../../nbs/23_grid.loaders.ipynb #23n034
+# %% ../../nbs/23_grid.loaders.ipynb #23n036
 class GridLoaders(DataLoaders):
     "Batches for training (`train`) and validation (`valid`), and what their numbers mean."
     @property
@@ -188,7 +189,7 @@ class GridLoaders(DataLoaders):
     def values(self, values: dict[str, ValueTransform]):
         for loader in self.loaders: loader.dataset.values = values
 
-# %% ../../nbs/23_grid.loaders.ipynb #23n035
+# %% ../../nbs/23_grid.loaders.ipynb #23n037
 def evenly(
     positions: np.ndarray,  # (N,)
     n: int,  # how many are wanted

@@ -27,7 +27,7 @@ from fastai.learner import Recorder
 # %% ../../nbs/40a_training.checks.ipynb #40an007
 class TrackingCallback(Callback):
     "Logs losses, learning rate and speed into the open MLflow run."
-    order, run_valid, remove_on_fetch = Recorder.order + 1, False, True  # the recorder has noted the losses before
+    order, run_valid, remove_on_fetch = Recorder.order + 1, False, True  # as WandbCallback: the losses are noted before
     def __init__(self,
         every: int = 20,  # batches between two entries
     ): self.every, self.images, self.latest = every, 0, {}
@@ -63,13 +63,14 @@ def log_training(self: TrackingCallback):
               'train/images_per_second': speed, 'train/images': self.images})
     self.begin()
 
+# %% ../../nbs/40a_training.checks.ipynb #40an010
 @patch
 def log(self: TrackingCallback, values: dict):
     "Into the run, at the number of optimizer steps; `latest` keeps the last of each."
     self.latest |= values
     if values: log_metrics(values, self.model.steps)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an012
+# %% ../../nbs/40a_training.checks.ipynb #40an014
 def sample_figure(
     checkpoint: Checkpoint,  # the network, and what its numbers mean
     cache: CohortCache,  # label maps of the split val, or train where there is none
@@ -83,6 +84,7 @@ def sample_figure(
     label_maps, outlined = [(None, g.labels) for g in grids], [(p, p.labels) for p in painted]
     return image_grid([label_maps, painted, outlined], names=('label map', 'painted', 'outlines'), cell=1.2)
 
+# %% ../../nbs/40a_training.checks.ipynb #40an017
 class SampleGrid(Callback):
     "Logs a grid of samples before the first step and at the end of each epoch."
     order = TrackingCallback.order + 1  # the losses of the epoch stand in the run before
@@ -98,7 +100,7 @@ class SampleGrid(Callback):
     def after_epoch(self):
         log_figure(sample_figure(self.checkpoint, self.dls.cache, **self.options), 'samples/grid', self.model.steps)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an015
+# %% ../../nbs/40a_training.checks.ipynb #40an019
 def keep_checkpoint(
     checkpoint: Checkpoint,  # what to write
 ) -> Path | None:  # where it lies, if on this machine
@@ -107,6 +109,7 @@ def keep_checkpoint(
     if run.folder is not None: return save_checkpoint(run.folder/CHECKPOINT, checkpoint)
     with tempfile.TemporaryDirectory() as d: log_folder(save_checkpoint(Path(d)/CHECKPOINT, checkpoint))
 
+# %% ../../nbs/40a_training.checks.ipynb #40an042
 class CheckpointCallback(Callback):
     "Writes a checkpoint at the end of each epoch."
     order = SampleGrid.order + 1  # last: it holds the losses that were logged
@@ -119,7 +122,7 @@ class CheckpointCallback(Callback):
         self.kept.info |= dict(steps=self.model.steps, images=tracking.images, **tracking.latest)
         keep_checkpoint(self.kept)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an019
+# %% ../../nbs/40a_training.checks.ipynb #40an046
 class ProgressBar(Callback):
     "A bar over the share of the training that is done."
     order, run_valid = Recorder.order + 1, False

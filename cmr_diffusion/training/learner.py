@@ -34,7 +34,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
-# %% ../../nbs/41_training.learner.ipynb #41n036
+# %% ../../nbs/41_training.learner.ipynb #41n005
 @lru_cache
 def temporary_folder() -> Path:
     "A folder of this process, removed at its end."
@@ -47,7 +47,7 @@ def writing_folder() -> Path:
     try: return open_run().folder or temporary_folder()
     except CMRError: return temporary_folder()
 
-# %% ../../nbs/41_training.learner.ipynb #41n038
+# %% ../../nbs/41_training.learner.ipynb #41n007
 def sdm_learner(
     dls: GridLoaders,  # from `make_dataloaders`
     preset: str = 'small',  # size of the network, a key of `PRESETS`
@@ -121,7 +121,7 @@ def sdm_learner(
     if not len(dls.valid): logger.warning('%s: no validation slices, so no validation loss', dls.cache.folder)
     return learn
 
-# %% ../../nbs/41_training.learner.ipynb #41n041
+# %% ../../nbs/41_training.learner.ipynb #41n010
 @patch
 def summary(self: SDMLearner):
     "As fastai's `Learner.summary`, with every layer of the network."
@@ -198,7 +198,7 @@ class TrainConfig:
 
 ENDLESS = 10**6  # steps of an epoch that ends by the clock
 
-# %% ../../nbs/41_training.learner.ipynb #41n057
+# %% ../../nbs/41_training.learner.ipynb #41n026
 def config_learner(
     cache: CohortCache,  # from `prepare`
     config: TrainConfig,  # what to train
@@ -214,6 +214,7 @@ def config_learner(
     learn.checkpoint.info['config'] = asdict(c)
     return learn
 
+# %% ../../nbs/41_training.learner.ipynb #41n028
 def run_callbacks(
     learn: SDMLearner,  # whose run it is
     config: TrainConfig,  # what to train
@@ -224,7 +225,7 @@ def run_callbacks(
     checks = [TrackingCallback(), SampleGrid(learn.checkpoint), CheckpointCallback(learn.checkpoint), ProgressBar()]
     return schedule + checks
 
-# %% ../../nbs/41_training.learner.ipynb #41n059
+# %% ../../nbs/41_training.learner.ipynb #41n030
 def log_settings(
     learn: SDMLearner,  # whose settings to log
     config: TrainConfig,  # of the training
@@ -240,7 +241,7 @@ def log_settings(
     log_config(dict(device=str(learn.dls.device), precision=c.info['precision'], threads=torch.get_num_threads(),
                     million_parameters=round(parameters / 1e6, 2)), 'machine.')
 
-# %% ../../nbs/41_training.learner.ipynb #41n060
+# %% ../../nbs/41_training.learner.ipynb #41n062
 def train(
     cache: CohortCache,  # from `prepare`
     config: TrainConfig,  # what to train, and how long

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sigma_data', 'new_denoiser', 'start_from', 'SDMLearner']
 
-# %% ../../nbs/40d_training.model.ipynb #40dn025
+# %% ../../nbs/40d_training.model.ipynb #40dn002
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def sigma_data(
     images = (dls.train_ds.sample(int(i))[0] for i in evenly(dls.train_ds.positions, slices))
     return float(np.sqrt(np.mean([np.mean(np.square(image, dtype=np.float64)) for image in images])))
 
-# %% ../../nbs/40d_training.model.ipynb #40dn031
+# %% ../../nbs/40d_training.model.ipynb #40dn008
 def new_denoiser(
     dls: GridLoaders,  # says how many channels the one-hot map has
     preset: str,  # a key of `PRESETS`
@@ -62,7 +62,7 @@ def start_from(
     dls.values = start.values  # the network knows these units
     return make_denoiser(model=denoise.model, precision=denoise.precision, **recipe_to_json(start.recipe))
 
-# %% ../../nbs/40d_training.model.ipynb #40dn035
+# %% ../../nbs/40d_training.model.ipynb #40dn012
 class SDMLearner(Learner):
     "A fastai `Learner` of a semantic diffusion model; `checkpoint` is its averaged network."
     checkpoint: Checkpoint = None
@@ -77,7 +77,7 @@ class SDMLearner(Learner):
         "Draw slices of a training batch with the outlines of their structures."
         return self.dls.show_batch(b, max_n, **options)
 
-# %% ../../nbs/40d_training.model.ipynb #40dn039
+# %% ../../nbs/40d_training.model.ipynb #40dn016
 @patch
 def show_results(self: SDMLearner,
     ds_idx: int = 1,  # loader whose label maps to take: 0 training, 1 validation
@@ -100,7 +100,7 @@ def show_results(self: SDMLearner,
         rows.append([item for g, p in zip(grids, painted) for item in ((None, g.labels), p)])
     return image_grid(rows, names=names, cell=1.2)
 
-# %% ../../nbs/40d_training.model.ipynb #40dn043
+# %% ../../nbs/40d_training.model.ipynb #40dn020
 @patch
 def to_bf16(self: SDMLearner) -> SDMLearner:
     "From now on the network computes in bfloat16, on every device, as with `sdm_learner(precision='bfloat16')`."
