@@ -100,7 +100,9 @@ def _density_lines(ax, values, image_type, bins, style, cohort):
     "Draw one line per structure: the density of its values."
     for name in STRUCTURES:
         if (image_type, name) not in values: continue
-        density, edges = np.histogram(values[image_type, name], bins, window(image_type), density=True)
+        counts, edges = np.histogram(values[image_type, name], bins, window(image_type))
+        if not counts.any(): continue  # no value lies in the window
+        density = counts/counts.sum()/np.diff(edges)
         colour = '#888888' if name == 'background' else COLOURS[name]
         label = f'{name.replace("_", " ")} {cohort}'.strip()
         ax.plot((edges[1:] + edges[:-1])/2, density, style, color=colour, lw=1.2, label=label)

@@ -95,7 +95,7 @@ def _salt(path: str | None) -> str | None:
 @command
 def cmr_check(
     root: str,  # folder of the cohort
-    layout: str = 'semmelweis',  # arrangement of its folders: semmelweis, acdc, sunnybrook, csv (or ROOT a CSV)
+    layout: str = 'semmelweis',  # its folders: semmelweis, acdc, sunnybrook, mnms, mnms2, csv (or ROOT a CSV)
     out: str = 'findings',  # folder for findings.csv and findings.html, which shows patients
     strict: bool = False,  # exit code 1 where an error is left
     split: str = 'default',  # as of cmr_prepare
@@ -107,7 +107,9 @@ def cmr_check(
     "Say what is wrong with a cohort, as a count, a table and a page with pictures; no file of it is changed."
     from cmr_diffusion.cohort.quality import count_findings, findings, write_findings
     from cmr_diffusion.cohort.table import pseudonyms
+    from cmr_diffusion.results import check_result
     salt = _salt(pseudonymise)
+    check_result(out, 'findings')
     table = _read(root, layout, split, seed, scale, observer)
     found = findings(table, root)
     page = write_findings(found, table, out, hide=pseudonyms(table.patient, salt) if salt else str)
@@ -121,7 +123,7 @@ def cmr_check(
 def cmr_prepare(
     root: str,  # folder of the cohort
     cache: str,  # folder to write the cache to
-    layout: str = 'semmelweis',  # arrangement of its folders: semmelweis, acdc, sunnybrook, csv (or ROOT a CSV)
+    layout: str = 'semmelweis',  # its folders: semmelweis, acdc, sunnybrook, mnms, mnms2, csv (or ROOT a CSV)
     split: str = 'default',  # default (splits.csv in ROOT, else a seeded hash), semmelweis, or a CSV: patient, split
     type: str = None,  # only this image type, as T1
     size: int = 64,  # pixels per side of the square grid

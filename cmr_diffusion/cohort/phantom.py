@@ -20,9 +20,10 @@ from .dicom_writing import write_dicom
 from .patient import draw_patient, LEVELS, MYO, Patient
 from .relaxometry import (
     coils, ECHOES, fit_t1, fit_t2, magnitude, molli, partial_volume, Readout, readout_matrices, t2_prepared)
-from .semmelweis import write_semmelweis
+from .semmelweis_writing import fill_semmelweis
 from ..core import BACKGROUND, CMRError, RIGHT_VENTRICLE, Slice, stable_seed
 from ..output import atomic_path
+from ..results import result
 
 # %% ../../nbs/18c_cohort.phantom.ipynb #070051
 SHIFT = 1.2  # mm, standard deviation of the shift between two acquisitions
@@ -146,8 +147,8 @@ def make_phantom(
     """
     if patients < 1: raise CMRError(f'patients={patients}: a phantom cohort has at least one patient')
     made = phantom_slices(patients, seed, types, field, right_ventricle)
-    root = write_semmelweis(out, made, synthetic=True, seed=seed)
-    if sources:
-        drawn = (draw_patient(number, seed, field) for number in range(1, patients + 1))
-        for patient, t, name in product(drawn, types, LEVELS): _write_sources(root, patient, t, name, seed)
-    return root
+    with result(out, 'phantom') as room:
+        fill_semmelweis(room.path, made, synthetic=True, seed=seed)
+        drawn = (draw_patient(number, seed, field) for number in range(1, patients + 1) if sources)
+        for patient, t, name in product(drawn, types, LEVELS): _write_sources(room.path, patient, t, name, seed)
+    return Path(out)

@@ -25,7 +25,7 @@ from .utility import utility
 from ..figures import comparison
 from ..grid.cache import CohortCache
 from ..grid.loaders import grid_slices
-from ..output import atomic_path
+from ..results import check_result, result
 from ..tracking import find_run, log_figure, log_metrics, log_table, start_run
 
 # %% ../../nbs/66_evaluation.report.ipynb #450005
@@ -165,12 +165,11 @@ def write(self: Report,
     self.folder = Path(folder)
     about = {name: part.note for name, part in self.parts.items()}
     found = dict(title=self.title, about=about, settings=self.settings, metrics=self.metrics, run_id=self.run_id)
-    with atomic_path(self.folder) as p:
-        p.mkdir()
-        self.table.to_csv(p/'report.csv', index=False)
-        (p/'report.json').write_text(json.dumps(found, indent=1))
-        (p/'report.txt').write_text(self.text() + '\n')
-        if self.figure is not None: self.figure.savefig(p/'comparison.png', dpi=100)
+    with result(self.folder, 'evaluation') as room:
+        self.table.to_csv(room/'report.csv', index=False)
+        (room/'report.json').write_text(json.dumps(found, indent=1))
+        (room/'report.txt').write_text(self.text() + '\n')
+        if self.figure is not None: self.figure.savefig(room/'comparison.png', dpi=100)
 
 # %% ../../nbs/66_evaluation.report.ipynb #450014
 def _parts(cache, real, synthetic, config, grey, seed, device):
@@ -257,6 +256,7 @@ def evaluate(
     """
     device, root, config = choose_device(device), Path(root), config or (QUICK if quick else SegConfig())
     if not isinstance(cache, CohortCache): cache = CohortCache.load(cache)
+    if root.is_dir(): check_result(out or root/'evaluation', 'evaluation', [cache.folder])
     synthetic, real = read_synthetic(root, cache, layout), grid_slices(cache)
     _check_splits(cache, real, synthetic)
     run_id = _run_of(root) if log else None

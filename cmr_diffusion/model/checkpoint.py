@@ -23,7 +23,7 @@ from ..grid.values import ValueTransform
 from .ddpm import DDPMDenoiser, DDPMRecipe, make_denoiser, recipe_to_json
 from .edm import EDMDenoiser, EDMRecipe, Guided
 from .sdm import SDM, SDMConfig
-from ..output import atomic_path
+from ..results import result
 
 # %% ../../nbs/36_model.checkpoint.ipynb #230005
 @dataclass
@@ -66,10 +66,9 @@ def save_checkpoint(
     config = dict(format=FORMAT, cmr_diffusion=__version__, model=asdict(c.model.config),
                   recipe=recipe_to_json(c.recipe), spec=c.spec.types,
                   values={name: asdict(v) for name, v in c.values.items()}, geometry=asdict(c.geometry), info=c.info)
-    with atomic_path(folder) as p:
-        p.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in c.model.state_dict().items()}, p/'model.safetensors')
-        (p/'config.json').write_text(json.dumps(config, indent=1))
+    with result(folder, 'checkpoint') as room:
+        save_file({k: v.detach().cpu().contiguous() for k, v in c.model.state_dict().items()}, room/'model.safetensors')
+        (room/'config.json').write_text(json.dumps(config, indent=1))
     return Path(folder)
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n001

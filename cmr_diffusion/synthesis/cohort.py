@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Wanted', 'wanted_images', 'painted_images', 'synthetic_patients', 'named_slices', 'clipped_share', 'other_spacing',
-           'ready_model', 'synthesize']
+           'ready_model', 'sources_of', 'synthesize']
 
 # %% ../../nbs/51_synthesis.cohort.ipynb #510i00
 import json
@@ -19,14 +19,15 @@ import torch
 from fastcore.basics import chunked
 
 from .. import __version__
-from ..cohort.semmelweis import write_semmelweis
+from ..cohort.semmelweis_writing import fill_semmelweis
 from ..core import choose_device, choose_precision, CMRError, hold_memory, Slice, stable_seed
 from ..grid.cache import CohortCache
 from ..grid.geometry import Geometry, GridSlice, unplace
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.fast_spade import compile_network, fast
 from ..model.painting import paint
-from ..output import atomic_path, progress
+from ..output import progress
+from ..results import check_result, result
 from .label_maps import mask_grids, mask_rows
 from ..tracking import resolve_run
 
@@ -121,6 +122,14 @@ def ready_model(
     if compiled: compile_network(fast(c.model))
     return c, device
 
+# %% ../../nbs/51_synthesis.cohort.ipynb #51n032
+def sources_of(
+    masks: CohortCache | pd.DataFrame,  # cache or cohort table
+) -> list[Path]:  # a folder, or files
+    "Return where the label maps lie, so that no result is written over them."
+    if isinstance(masks, CohortCache): return [masks.folder]
+    return [Path(f) for f in {*masks.image, *masks.label} if f]
+
 # %% ../../nbs/51_synthesis.cohort.ipynb #300007
 def synthesize(
     checkpoint: Checkpoint | Path | str,  # or an MLflow run, or a checkpoint folder
@@ -172,6 +181,7 @@ def synthesize(
     """
     if per_mask < 1: raise CMRError(f'--per-mask {per_mask}: at least one image per mask')
     if batch_size < 1: raise CMRError(f'--batch-size {batch_size}: at least one image at once')
+    check_result(out, 'cohort', sources_of(masks))
     c, device = ready_model(checkpoint, device, compile)
     if type: c.spec.structures(type)  # raises where the model does not know it
     geometry, precision = other_spacing(c.geometry, spacing), choose_precision(precision, device)
@@ -189,10 +199,12 @@ def synthesize(
     splits_of = {patients[row.patient, n]: row.split for row in sources for n in range(per_mask)}
     run_id = c.info.get('run_id')
     identity = stable_seed(run_id, splits, type, str(spacing), guidance, steps, sampler, seed)  # of the studies
-    out = write_semmelweis(out, named_slices(painted(), patients), synthetic=True, splits=splits_of, seed=identity)
-    settings = dict(
-        cmr_diffusion=__version__, run_id=run_id, steps_trained=c.info.get('steps'), type=type,
-        spacing=str(geometry.spacing), guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask, seed=seed,
-        device=str(device), precision=precision, images=len(clipped), clipped_share=float(np.mean(clipped)))
-    with atomic_path(out/'synthesis.json') as p: p.write_text(json.dumps(settings, indent=1))
-    return out
+    with result(out, 'cohort', sources_of(masks)) as room:
+        slices = named_slices(painted(), patients)
+        fill_semmelweis(room.path, slices, synthetic=True, splits=splits_of, seed=identity)
+        settings = dict(
+            cmr_diffusion=__version__, run_id=run_id, steps_trained=c.info.get('steps'), type=type,
+            spacing=str(geometry.spacing), guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask, seed=seed,
+            device=str(device), precision=precision, images=len(clipped), clipped_share=float(np.mean(clipped)))
+        (room/'synthesis.json').write_text(json.dumps(settings, indent=1))
+    return Path(out)
