@@ -24,7 +24,7 @@ def _malformed(message): return BadData(message, 'malformed contour')
 def enclosed_area(
     points: np.ndarray,  # (n, 2) x, y, closed
 ) -> float:  # pixels
-    "Area that a closed line encloses; parts that it encloses the other way round count against it."
+    "Compute the area that a closed line encloses; parts that it encloses the other way round count against it."
     x, y = points.T
     next_x, next_y = np.roll(points, -1, axis=0).T
     return abs(np.sum(x*next_y - y*next_x))/2

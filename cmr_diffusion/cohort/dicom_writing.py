@@ -22,7 +22,7 @@ def rescale(
     image_type: str,  # its name
     unit: str = '',  # 'ms' where the slice says so; '': the unit of the type
 ) -> tuple[float, str]:  # slope, RescaleType
-    "Say in what steps, and in which unit, images of a type are written."
+    "Say in which steps, and in which unit, images of a type are written."
     t = type_named(image_type, unit)
     if not t.quantitative: return 1/4096, 'RMAX'
     return next((slope for slope in (.01, .02, .05, .1, .2, .5) if slope*65535 >= 1.2*t.maximum), 1.), t.unit

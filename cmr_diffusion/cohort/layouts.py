@@ -91,7 +91,7 @@ def read_layout(
     workers: int | None = None,  # processes; None: one per core (8 at most) for a thousand slices or more, else none
     **options  # of the layout
 ) -> pd.DataFrame:  # one row per slice, columns `COLUMNS`; splits are empty unless the layout knows them
-    "The table of a cohort's folder; a wrong root, an unknown layout or an empty cohort raises `CMRError`."
+    "Read the table of a cohort's folder; a wrong root, an unknown layout or an empty cohort raises `CMRError`."
     check_finished(root)
     rows, remarks = _rows_found(Path(root).absolute(), name, options)
     by_type, volumes = _scales_by_type(scales, {row['type'] for row in rows}), {}

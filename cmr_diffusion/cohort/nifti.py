@@ -48,7 +48,7 @@ def _cached_grid(path, stamp):
 def volume_grid(
     path: Path | str,  # a NIfTI file
 ) -> VolumeGrid:
-    "What the header of a volume means; no voxel is read. Any failure is one `BadData` line."
+    "Say what the header of a volume means; no voxel is read. Any failure is one `BadData` line."
     with _one_line_errors(path): return _cached_grid(str(path), _stamp(path))
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en010
@@ -118,7 +118,7 @@ def frames_of(
     image: Path | str,  # any file
     label: Path | str,  # of its label map, or ''
 ) -> list[int]:  # [-1] where there is nothing to choose, or nobody can know which
-    "The frames of an image that its label map labels."
+    "List the frames of an image that its label map labels."
     if not (is_nifti(image) and is_nifti(label)): return [-1]
     try:
         frames, of_label = volume_grid(image).frames, volume_grid(label).frames
@@ -138,8 +138,10 @@ class Alignment:
     off: float = 0.  # voxels, largest distance of a voxel from its place
     by_place: bool = False  # whether the affines say so; False: taken in the order of the file
 
-    def apply(self, voxels):
-        "The voxels of a label map as views in the order and direction of the image."
+    def apply(self,
+        voxels: np.ndarray,  # of a label map, in the order x, y, z of its own grid
+    ) -> np.ndarray:  # a view of them along x, y and z of the image
+        "Give the voxels of a label map in the order and direction of the image."
         return np.flip(voxels.transpose(self.axes), [axis for axis in (0, 1, 2) if self.flipped[axis]])
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en022
@@ -227,7 +229,7 @@ def align(
     label: VolumeGrid,  # of its label map
     any_slice: bool = False,  # whether the slice is stated otherwise, so that only rows and columns must fit
 ) -> tuple[Alignment, list[str], list[str]]:  # with repairs and remarks, as '<kind>: <text>'
-    "How a label map is brought onto the grid of its image; `BadData` where it lies elsewhere."
+    "Say how a label map is brought onto the grid of its image; `BadData` where it lies elsewhere."
     if image is None: return Alignment(), [], []
     alignment = _by_place(image, label, any_slice)
     if alignment is None:

@@ -147,7 +147,7 @@ def findings(
     table: pd.DataFrame,  # a cohort table of `read_cohort` or `read_layout`
     root: Path | str | None = None,  # the cohort's folder, in which unexpected folders are looked for
 ) -> pd.DataFrame:  # columns `FINDING`, one row per problem
-    "What is wrong with a cohort, and what was done about it. Nothing is raised and no file is changed."
+    "List what is wrong with a cohort, and what was done about it. Nothing is raised and no file is changed."
     rows = list(_once(finding for row in table.to_dict('records') for finding in _of_row(row)))
     rows += [_about(action='kept', **remark) for remark in table.attrs.get('remarks', [])]
     rows += _two_splits(table)
@@ -157,7 +157,7 @@ def findings(
 def count_findings(
     found: pd.DataFrame,  # of `findings`
 ) -> pd.DataFrame:  # severity, kind, action, count
-    "A short count, the gravest first."
+    "Count findings by severity, kind and action, the gravest first."
     counts = found.groupby(['severity', 'kind', 'action']).size().rename('count').reset_index()
     counts['rank'] = counts.severity.map(_RANK)
     gravest_first = counts.sort_values(['rank', 'count'], ascending=[True, False])
@@ -191,7 +191,7 @@ def thumbnail(
     row,  # a row of a cohort table
     size: int = 128,  # pixels of the longer side
 ) -> Image.Image | None:  # None where the image cannot be read
-    "A small picture of a slice with its contours, or its label map tinted, as far as they can be read."
+    "Draw a small picture of a slice with its contours, or its label map tinted, as far as they can be read."
     try: pixels = read_image(row)[0]
     except CMRError: return None
     picture, zoom = _grey_picture(pixels, size)

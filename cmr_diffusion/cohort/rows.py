@@ -45,13 +45,13 @@ COLUMNS = dict(
 def noted(
     *notes: str,  # '<kind>: <text>' each, or several of them joined already
 ) -> str:
-    "Notes of a row as one text, joined by '; '."
+    "Join the notes of a row to one text, by '; '."
     return '; '.join(dict.fromkeys(' '.join(note.split()) for note in notes if note))
 
 def slice_row(
     **known  # values of columns, by name
 ) -> dict:  # all `COLUMNS`
-    "A row with defaults for what is not given; its id and volume are made from patient, type and slice."
+    "Make a row with defaults for what is not given; its id and volume are made from patient, type and slice."
     if unknown := set(known) - set(COLUMNS): raise CMRError(f'columns {sorted(unknown)}: a row has {list(COLUMNS)}')
     row = {**COLUMNS, **known}
     row['type'] = canonical_type(row['type'])
@@ -64,7 +64,7 @@ def slice_row(
 # %% ../../nbs/12d_cohort.rows.ipynb #12dn02
 @dataclass(frozen=True)
 class Remark:
-    "What is to be known about a cohort that is no slice of it."
+    "Something to know about a cohort that is not about one of its slices."
     kind: str  # of the finding
     message: str  # one line
     path: str = ''  # the file to look at
@@ -86,7 +86,7 @@ def is_of_label(
     kind: str,  # of a finding
     message: str,  # of the finding
 ) -> bool:
-    "Whether a finding about a slice is one about its label file."
+    "Say whether a finding about a slice is about its label file."
     return message.startswith('label map: ') or any(word in kind.split() for word in _OF_LABEL)
 
 def _reason(error, row):
@@ -223,7 +223,7 @@ def unique_ids(
 def with_structures(
     table: pd.DataFrame,  # changed in place
 ) -> pd.DataFrame:  # the same
-    "Structures of a type: the union over its slices, in the order of `STRUCTURES`."
+    "Give all rows of a type the structures that any of its slices shows, in the order of `STRUCTURES`."
     for rows in table.groupby('type').groups.values():
         found = set(STRUCTURES[:3]).union(*(s.split(',') for s in table.loc[rows, 'structures'] if s))
         table.loc[rows, 'structures'] = ','.join(s for s in STRUCTURES if s in found)

@@ -38,7 +38,7 @@ def _write_slice(folder, s, synthetic, seed, instance):
 def plain(
     name: str,  # of a folder or a file
 ) -> str:
-    "The name as it is compared: without regard to case and to a trailing underscore."
+    "Give the name as it is compared: without regard to case and to a trailing underscore."
     return name.lower().rstrip('_')
 
 def _checked_name(name, what):

@@ -14,7 +14,8 @@ from typing import Callable, Iterator
 import pandas as pd
 
 from .files import load_slice
-from .layouts import COLUMNS
+from .rows import COLUMNS
+
 from ..core import CMRError, Slice
 from ..output import progress
 
@@ -47,7 +48,7 @@ def load_slices(
     workers: int | None = None,  # processes; None: one per core, at most 8; 0: this process
     load: Callable = load_slice,  # row -> Slice
 ) -> Iterator[Slice]:
-    "The slices of a table in its order, decoded in parallel; progress is shown for what takes over two seconds."
+    "Yield the slices of a table in its order, decoded in parallel; progress is shown for what takes over two seconds."
     workers = min(os.cpu_count() or 1, 8) if workers is None else workers
     pool = ProcessPoolExecutor(workers) if workers > 1 and len(rows) >= 64 else None
     parts = _parts(rows) if pool else [rows.iloc[i:i + 1] for i in range(len(rows))]
@@ -70,7 +71,7 @@ def _file_state(path: str) -> tuple[int, int] | None:
 def row_states(
     rows: pd.DataFrame,  # of a cohort table
 ) -> list[str]:  # one digest per row
-    "Changes when what a slice is read from changes: its row (but for split and remarks), or a file that it names."
+    "Digest what each slice is read from: its row (but for split and remarks), and the files that it names."
     files = {path: _file_state(path) for path in {*rows.image, *rows.label} - {''}}
     read_from = [c for c in COLUMNS if c not in ('split', 'usable', 'reason', 'repaired')]
     parts = [(tuple(r), files.get(r.image), files.get(r.label)) for r in rows[read_from].itertuples(index=False)]
@@ -81,7 +82,7 @@ def fingerprint(
     table: pd.DataFrame,  # cohort table
     states: list,  # of its usable rows, and whatever else the result depends on
     version: int = 1,  # of what is made from the table
-) -> str:
-    "Changes when anything changes that is made from a cohort table and its files."
+) -> str:  # 32 hexadecimal digits
+    "Give a digest that changes when anything changes that is made from a cohort table and its files."
     text = table[list(COLUMNS)].to_csv(index=False) + repr((states, version))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
