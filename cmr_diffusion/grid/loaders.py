@@ -33,7 +33,7 @@ with warnings.catch_warnings():  # fastai calls torch.jit.script when it is impo
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n022
 def _stack(grids, rows, size, values) -> GridSlices:
-    "Slices on the grid as arrays; `grids` is read one by one."
+    "Turn slices on the grid into arrays; `grids` is read one by one."
     if unknown := set(rows.type) - set(values):
         raise CMRError(f'no value transform for {", ".join(sorted(unknown))}; the cache knows {", ".join(values)}')
     images = np.full((len(rows), 1, size, size), -1, np.float32)
@@ -52,7 +52,7 @@ def grid_slices(
     values: dict[str, ValueTransform] | None = None,  # value transforms by image type; None: the cache's
     load: Callable = load_slice,  # row -> Slice, for a table
 ) -> GridSlices:  # N slices: images (N, 1, S, S) in network units, label maps (N, S, S), their rows
-    "Images and label maps of the usable slices on the grid."
+    "Return images and label maps of the usable slices on the grid."
     if isinstance(source, CohortCache):
         geometry, values = geometry or source.geometry, values or source.values
         positions = source.rows(split, image_type)
@@ -70,9 +70,9 @@ def grid_slices(
 
 # %% ../../nbs/23_grid.loaders.ipynb #100027
 class GridDataset:
-    "Some slices of a cache as samples of the network: image, class numbers, spacing."
+    "Gives some slices of a cache as samples of the network: image, class numbers, spacing."
     def __init__(self,
-        cache: CohortCache,
+        cache: CohortCache,  # from `prepare`
         positions: np.ndarray,  # (N,) of the slices in the cache
         values: dict[str, ValueTransform] | None = None,  # value transforms by image type; None: the cache's
     ):
@@ -83,13 +83,16 @@ class GridDataset:
 
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, float]: return self.sample(int(self.positions[n]))
 
-    def sample(self, i: int, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, float]:
-        "The slice at position `i` of the cache, with the value transforms of this dataset."
+    def sample(self,
+        i: int,  # position of the slice in the cache
+        rng: np.random.Generator | None = None,  # draws spacing and shift; None: they are fixed
+    ) -> tuple[np.ndarray, np.ndarray, float]:  # image (1, S, S), class numbers (S, S), spacing in mm
+        "Return the slice at position `i` of the cache, with the value transforms of this dataset."
         return self.cache.sample(i, rng, self.values)
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n025
 class TrainingStream(GridDataset):
-    "The slices of a training as an endless stream: pass after pass in a new order, with new spacings and shifts."
+    "Gives the slices of a training as an endless stream: each pass has a new order, new spacings and new shifts."
     seed = 0
 
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -103,19 +106,23 @@ def _order(seed: int, number: int, slices: int) -> np.ndarray:  # (slices,) a pe
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n028
 class GridLoader(DataLoader):
-    "fastai's loader of (images, class numbers, spacing); with `steps`, an epoch is a piece of an endless stream."
+    "Loads (images, class numbers, spacing) as fastai does; with `steps`, an epoch is a piece of an endless stream."
     n_inp = 3
     def __init__(self,
         dataset: GridDataset | None = None,  # what to load
         bs: int = 16,  # slices per batch
         steps: float | None = None,  # per epoch, 12.5 meaning 12 and 13 in turn; None: all slices once
-        **options  # of fastai's `DataLoader`
+        **options,  # of fastai's `DataLoader`
     ):
         super().__init__(dataset, bs=bs, **options)
         self.steps, self.epoch = steps, 0
 
-    def new(self, dataset=None, cls=None, **options) -> 'GridLoader':
-        "A loader like this one, with other options."
+    def new(self,
+        dataset: GridDataset | None = None,  # None: that of this loader
+        cls: type | None = None,  # class of the loader; None: that of this one
+        **options,  # of `GridLoader`
+    ) -> 'GridLoader':
+        "Make a loader like this one, with other options."
         loader = super().new(dataset, cls, **{'steps': self.steps, **options})
         loader.epoch = self.epoch
         return loader
@@ -142,7 +149,7 @@ def images_and_condition(
     batch: tuple[Tensor, Tensor, Tensor],  # images, class numbers and spacing
     spec: ConditionSpec,  # of the channels
 ) -> tuple[Tensor, Condition]:  # images (B, 1, S, S) in network units; label maps, types and spacing
-    "The two halves of a batch: what is painted, and into what."
+    "Split a batch into what is painted and the condition that it is painted into."
     images, classes, spacing = batch
     return images, Condition(classes, spacing, spec.channels)
 
@@ -150,9 +157,9 @@ def images_and_condition(
 @patch
 def decode_batch(self: GridLoader,
     batch: tuple[Tensor, Tensor, Tensor],  # images, class numbers and spacing
-    max_n: int = 9,  # at most so many
+    max_n: int = 9,  # how many slices at most
 ) -> list[GridSlice]:  # pixels in the unit of the type
-    "The slices of a batch."
+    "Return the slices of a batch."
     images, classes, spacing = (part[:max_n].cpu().numpy() for part in batch)
     slices = []
     for image, numbers, mm in zip(images, classes, spacing):
@@ -164,7 +171,7 @@ def decode_batch(self: GridLoader,
 @patch
 def show_batch(self: GridLoader,
     b: tuple | None = None,  # a batch; None: the first of the coming epoch
-    max_n: int = 10,  # at most so many slices
+    max_n: int = 10,  # how many slices at most
     columns: int = 5,  # slices per row
 ):  # matplotlib `Figure`
     "Draw slices of a batch with the outlines of their structures."
@@ -174,7 +181,7 @@ def show_batch(self: GridLoader,
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n036
 class GridLoaders(DataLoaders):
-    "Batches for training (`train`) and validation (`valid`), and what their numbers mean."
+    "Holds the batches for training (`train`) and validation (`valid`), and what their numbers mean."
     @property
     def cache(self) -> CohortCache: return self.train_ds.cache
     @property
@@ -191,10 +198,10 @@ class GridLoaders(DataLoaders):
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n037
 def evenly(
-    positions: np.ndarray,  # (N,)
+    positions: np.ndarray,  # (N,) of the slices
     n: int,  # how many are wanted
 ) -> np.ndarray:  # (min(n, N),)
-    "Some of the positions, evenly spread from first to last."
+    "Choose some of the positions, evenly spread from first to last."
     return positions[np.linspace(0, len(positions) - 1, min(n, len(positions))).round().astype(int)]
 
 # %% ../../nbs/23_grid.loaders.ipynb #100028
@@ -206,9 +213,9 @@ def make_dataloaders(
     device: torch.device | str | None = None,  # of the batches; None: a GPU where there is one
     image_type: str | None = None,  # name of the image type; None: all
     steps_per_epoch: float = 100,  # batches per epoch in training, however many slices there are
-    valid_slices: int | None = None,  # validate on so many slices, evenly spread; None: all of the split
+    valid_slices: int | None = None,  # how many slices to validate on, evenly spread; None: all of the split
 ) -> GridLoaders:  # of images (B, 1, S, S) in network units, class numbers (B, S, S), spacing (B,) in mm
-    "Batches of the splits train (shuffled, varied) and val (fixed)."
+    "Make batches of the splits train (shuffled, varied) and val (fixed)."
     train, valid = cache.rows('train', image_type), cache.rows('val', image_type)
     if not len(train):
         of_type = '' if image_type is None else f' of type {image_type}'

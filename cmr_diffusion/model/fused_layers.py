@@ -15,10 +15,10 @@ from .adm import Attention, GroupNorm, Resample
 from .sdm import ResBlock
 
 # %% ../../nbs/30b_model.fused_layers.ipynb #30bn006
-CHUNK = 512  # longest list of places that is added up in one go
+CHUNK = 512  # longest list of places that is added up at once
 
 class Gather:
-    "Which rows of a table each place reads, one row or the sum of several; and the sum over the readers of each row."
+    "Knows which rows of a table each place reads, and adds up over the readers of each row."
     def __init__(self,
         index: Tensor,  # (places,) or (places, k) integer: the rows that a place reads
         rows: int,  # rows of the table
@@ -41,12 +41,12 @@ class Gather:
         self.chunks, self.first_chunk = chunks.int(), first.int()
 
     def gather(self, table: Tensor) -> Tensor:  # (rows, C) -> (places, C)
-        "What every place reads."
+        "Return what every place reads."
         if self.index.ndim == 1: return table.index_select(0, self.index)
         return F.embedding_bag(self.index, table, mode='sum')
 
     def scatter_add(self, x: Tensor) -> Tensor:  # (places, C) -> (rows, C), at least float32
-        "For every row the sum over the places that read it."
+        "Return for every row the sum over the places that read it."
         sums = F.embedding_bag(self.readers, x, self.start, mode='sum').to(torch.promote_types(x.dtype, torch.float32))
         return sums if self.chunks is None else F.embedding_bag(self.chunks, sums, self.first_chunk, mode='sum')
 
@@ -64,26 +64,26 @@ def gather(
     table: Tensor,  # (rows, C)
     reads: Gather,  # which place reads which rows
 ) -> Tensor:  # (places, C)
-    "What every place reads of a table, differentiable."
+    "Return what every place reads of a table; this is differentiable."
     return _Gather.apply(table, reads)
 
 # %% ../../nbs/30b_model.fused_layers.ipynb #30bn014
 class PerImage:
     "Every pixel reads the row of its image."
     def gather(self, table: Tensor) -> Tensor:  # (B, C) -> (B, 1, C)
-        "What the pixels read, once for all pixels of an image."
+        "Return what the pixels read, once for all pixels of an image."
         return table[:, None]
 
     def scatter_add(self, x: Tensor) -> Tensor:  # (B, pixels, C) -> (B, C)
-        "For every row the sum over its pixels; a product, because it adds in float32."
+        "Return for every row the sum over its pixels; it is a matrix product, because that adds in float32."
         return (x.new_ones(len(x), 1, x.shape[1]) @ x)[:, 0]
 
     def of_image(self, values: Tensor) -> Tensor:  # (B, C) -> (rows, C)
-        "For every row the value of its image."
+        "Return for every row the value of its image."
         return values
 
     def sum_rows(self, x: Tensor) -> Tensor:  # (rows, C) -> (B, C)
-        "For every image the sum over its rows."
+        "Return for every image the sum over its rows."
         return x
 
 # %% ../../nbs/30b_model.fused_layers.ipynb #30bn016
@@ -97,19 +97,19 @@ class PerPixel(Gather):
         self.images, self.pixels = Gather(images, len(index)), index.shape[1] * index.shape[2]
 
     def gather(self, table: Tensor) -> Tensor:  # (rows, C) -> (B, pixels, C)
-        "What every pixel reads."
+        "Return what every pixel reads."
         return super().gather(table).view(-1, self.pixels, table.shape[1])
 
     def scatter_add(self, x: Tensor) -> Tensor:  # (B, pixels, C) -> (rows, C)
-        "For every row the sum over the pixels that read it."
+        "Return for every row the sum over the pixels that read it."
         return super().scatter_add(x.reshape(-1, x.shape[2]))
 
     def of_image(self, values: Tensor) -> Tensor:  # (B, C) -> (rows, C)
-        "For every row the value of its image, differentiable."
+        "Return for every row the value of its image; this is differentiable."
         return gather(values, self.images)
 
     def sum_rows(self, x: Tensor) -> Tensor:  # (rows, C) -> (B, C)
-        "For every image the sum over its rows."
+        "Return for every image the sum over its rows."
         return self.images.scatter_add(x)
 
 # %% ../../nbs/30b_model.fused_layers.ipynb #30bn019
@@ -134,7 +134,7 @@ def normalise(
     groups: int = 32,  # of channels
     eps: float = 1e-5,  # added to the variance
 ) -> tuple[Tensor, Tensor]:  # (B, pixels, C), and one over the standard deviation (B, groups)
-    "Group norm without scale and shift, with statistics in float32."
+    "Normalise groups of channels without scale and shift, with statistics in float32."
     by = _normalise_by_kernel if x.device.type == 'cpu' else _normalise_by_steps  # a GPU's kernel wants channels first
     return by(x, groups, eps)
 
@@ -176,7 +176,7 @@ def fused_norm(
     eps: float = 1e-5,  # added to the variance
     activate: bool = True,  # SiLU at the end
 ) -> Tensor:  # (B, C, H, W), channels last
-    "Group norm, scaled and shifted by a row of a table, and SiLU."
+    "Normalise groups of channels, scale and shift each pixel by its row of a table, and apply SiLU."
     if torch.is_grad_enabled(): return _FusedNorm.apply(x, table, reads, groups, eps, activate)
     z = _scale_shift(normalise(x, groups, eps)[0], table.to(x.dtype), reads)
     return _as_map(F.silu(z, inplace=True) if activate else z, x.shape[2:])
@@ -188,14 +188,14 @@ def with_time(
     shift: Tensor | float,  # (B, C, 1, 1) from the time
     reads: PerImage | PerPixel,  # to which image each row belongs
 ) -> Tensor:  # (rows, 2C)
-    "The table with the scale and the shift of the time."
+    "Return the table with the scale and the shift of the time."
     if not isinstance(scale, Tensor): return table
     factor = (1 + scale).flatten(1).repeat(1, 2)
     summand = F.pad(shift.flatten(1), (scale.shape[1], 0))
     return torch.addcmul(reads.of_image(summand), table, reads.of_image(factor))
 
 class FastGroupNorm(GroupNorm):
-    "The norm of the encoder in one step; also that of attention, without time and SiLU."
+    "Computes the norm of the encoder in one step; also that of attention, without time and SiLU."
     activate = True  # SiLU at the end
 
     def forward(self,
@@ -204,32 +204,34 @@ class FastGroupNorm(GroupNorm):
         scale: Tensor | float = 0.,  # (B, C, 1, 1) from the time
         shift: Tensor | float = 0.,  # (B, C, 1, 1) from the time
     ) -> Tensor:  # (B, C, H, W)
+        "Return what `GroupNorm` returns."
         table, reads = torch.cat([self.weight, self.bias]).expand(len(x), -1), PerImage()
         return fused_norm(x, with_time(table, scale, shift, reads), reads, self.num_groups, self.eps, self.activate)
 
 # %% ../../nbs/30b_model.fused_layers.ipynb #30bn032
-IN_ONE_STEP = 256  # pixels of a feature map from which on this pays
+IN_ONE_STEP = 256  # number of pixels from which on this is faster
 
 def upsample_conv(
     x: Tensor,  # (B, C, H, W)
     conv: nn.Conv2d,  # 3x3 with padding 1, from C to C' channels
 ) -> Tensor:  # (B, C', 2H, 2W)
-    "Nearest doubling and a convolution."
+    "Double the features by repeating each pixel, and convolve them."
     if x.shape[2] * x.shape[3] < IN_ONE_STEP: return conv(F.interpolate(x, scale_factor=2.))
     turned = conv.weight.flip(2, 3).transpose(0, 1)
     kernel = F.avg_pool2d(turned, 2, stride=1, padding=1, divisor_override=1)  # (C, C', 4, 4)
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 class FastResBlock(ResBlock):
-    "A residual block that doubles and convolves in one step."
+    "Computes a residual block whose doubling and convolution are one step."
     def resample_and_convolve(self, h: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W')
-        "The first convolution, after the resampling."
+        "Apply the first convolution after the resampling."
         if isinstance(self.resample, nn.Upsample): return upsample_conv(h, self.conv1)
         return super().resample_and_convolve(h)
 
 class FastResample(Resample):
-    "The same for networks without residual resampling."
+    "Doubles and convolves in one step in networks without residual resampling."
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W) or (B, C, H/2, W/2)
+        "Return what `Resample` returns."
         return upsample_conv(x, self.conv) if self.up else super().forward(x)
 
 # %% ../../nbs/30b_model.fused_layers.ipynb #30bn072
@@ -238,11 +240,11 @@ def attend(
     k: Tensor,  # keys, of the same shape
     v: Tensor,  # values, of the same shape
 ) -> Tensor:  # of the same shape
-    "Scaled dot-product attention."
+    "Compute scaled dot-product attention."
     if q.device.type != 'cpu' or q.shape[2] > 1024: return F.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[3]**-.5) @ k.transpose(2, 3)
     return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
 class FastAttention(Attention):
-    "Attention in three plain steps."
+    "Computes attention in three plain steps."
     attend = staticmethod(attend)

@@ -24,7 +24,7 @@ _WITHOUT_MEANING = ('seed', 'height', 'width')  # keys of golden cases that do n
 def published_config(
     config: dict,  # keys of the published code: model_channels, channel_mult, num_res_blocks, attention_ds, ...
 ) -> SDMConfig:
-    "Our configuration for a configuration of the published code."
+    "Translate a configuration of the published code into ours."
     given = {key: value for key, value in config.items() if key not in _WITHOUT_MEANING}
     if unknown := set(given) - set(_OPTIONS):
         raise CMRError(f'published configuration: unknown keys {", ".join(sorted(unknown))}; '
@@ -37,7 +37,7 @@ def published_config(
 
 # %% ../../nbs/32_model.published.ipynb #32n019
 _STAGES = {'input_blocks': 'encoder', 'middle_block': 'middle', 'output_blocks': 'decoder', 'time_embed': 'time'}
-_LAYERS = {  # part of a published name: ours; the first that fits counts
+_LAYERS = {  # part of a published name: ours; the first one that fits is used
     'in_norm.mlp_shared.0': 'norm1.shared', 'out_norm.mlp_shared.0': 'norm2.shared', 'in_norm.mlp_': 'norm1.',
     'out_norm.mlp_': 'norm2.', 'in_layers.0': 'norm1', 'out_layers.0': 'norm2', 'in_layers.1': 'conv1',
     'in_layers.2': 'conv1', 'out_layers.2': 'conv2', 'out_layers.3': 'conv2', 'emb_layers.1': 'time',
@@ -46,8 +46,8 @@ _LAST = {'0': 'out_norm', '2': 'out'}  # the published `out` is a list of norm, 
 
 def our_name(
     name: str,  # of a weight in a published checkpoint
-) -> str:
-    "The name of the same weight in our network; names of other things stay what they are."
+) -> str:  # our name
+    "Return the name of the same weight in our network; names of other things stay what they are."
     head, _, rest = name.partition('.')
     if head == 'out': return _LAST[rest[0]] + rest[1:]
     if head not in _STAGES: return name
@@ -58,8 +58,8 @@ def our_name(
 # %% ../../nbs/32_model.published.ipynb #32n021
 def published_weights(
     state: dict[str, Tensor],  # state dict with the published names
-) -> dict[str, Tensor]:
-    "The state dict under our names."
+) -> dict[str, Tensor]:  # state dict of `SDM`
+    "Rename the weights of a published state dict."
     state = {our_name(name): value for name, value in state.items()}
     for name in [name for name in state if '.gamma.' in name]:  # two convolutions become one
         parts = state.pop(name), state.pop(name.replace('.gamma.', '.beta.'))
@@ -73,7 +73,7 @@ def from_published(
     state: dict[str, Tensor],  # state dict with the published names
     **config,  # the published configuration, see `published_config`
 ) -> SDM:
-    "A network from a checkpoint of the published SDM or of a project built on it; also `SDM.from_published`."
+    "Make a network from a checkpoint of the published SDM or of a project built on it; also `SDM.from_published`."
     with torch.device('meta'): model = SDM(published_config(config))
     model = model.to_empty(device='cpu')
     try: model.load_state_dict(published_weights(state))

@@ -20,7 +20,7 @@ from .adm import Attention, GroupNorm, Resample, sinusoid, zeroed
 
 # %% ../../nbs/30_model.sdm.ipynb #30n018
 class SPADE(nn.Module):
-    "Group norm whose scale and shift at each pixel come from the label map (Wang et al. 2022, eq. 4), then SiLU."
+    "Normalises groups of channels, then scales and shifts each pixel by the label map (Wang et al. 2022, eq. 4)."
     def __init__(self,
         channels: int,  # features C
         label_channels: int,  # channels K of the one-hot map
@@ -35,7 +35,7 @@ class SPADE(nn.Module):
         labels: Tensor,  # one-hot map (B, K, H', W')
         size: tuple[int, int],  # rows H and columns W of the features
     ) -> tuple[Tensor, Tensor]:  # (B, C, H, W) each
-        "The scale and the shift of every pixel."
+        "Return the scale and the shift of every pixel."
         one_hot = F.interpolate(labels, size, mode='nearest')
         return self.gamma_beta(F.relu(self.shared(one_hot))).chunk(2, dim=1)
 
@@ -45,6 +45,7 @@ class SPADE(nn.Module):
         scale: Tensor | float = 0.,  # (B, C, 1, 1) from the time
         shift: Tensor | float = 0.,  # (B, C, 1, 1) from the time
     ) -> Tensor:  # (B, C, H, W)
+        "Return the normalised features, scaled and shifted by the label map and by the time, after a SiLU."
         gamma, beta = self.gamma_and_beta(labels, x.shape[2:])
         return F.silu((self.norm(x) * (1 + gamma) + beta) * (1 + scale) + shift)
 
@@ -77,26 +78,31 @@ class ResBlock(nn.Module):
         time: Tensor,  # (B, time_width), already through SiLU
         labels=None,  # what `SDM.prepare` gave
     ) -> Tensor:  # (B, outputs, H', W')
+        "Return the sum of the input, resampled, and of what the two convolutions make of it."
         h = self.resample_and_convolve(self.norm1(x, labels))
         t = self.time(time)[..., None, None]
         if self.scale_shift: h = self.norm2(h, labels, *t.chunk(2, dim=1))
         else: h = self.norm2(h + t, labels)
         return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
 
-    def resample_and_convolve(self, h: Tensor) -> Tensor: return self.conv1(self.resample(h))  # (B, inputs, H, W)
+    def resample_and_convolve(self,
+        h: Tensor,  # features (B, inputs, H, W)
+    ) -> Tensor:  # (B, outputs, H', W')
+        "Resample the features and apply the first convolution."
+        return self.conv1(self.resample(h))
 
 # %% ../../nbs/30_model.sdm.ipynb #200030
 @dataclass(frozen=True)
 class SDMConfig:
-    "Shape of a network."
+    "Describes the shape of a network."
     label_channels: int = 7  # channels K of the one-hot map: padding and each type's structures
-    image_channels: int = 1
+    image_channels: int = 1  # channels of the image
     width: int = 64  # base width C
     multipliers: tuple[int, ...] = (1, 2, 3, 4)  # width at each feature size, in C
     blocks: int = 2  # residual blocks per feature size
-    attention: tuple[int, ...] = (4, 8)  # down-sampling factors with attention
+    attention: tuple[int, ...] = (4, 8)  # down-sampling factors at which there is attention
     head_channels: int = 64  # channels per attention head; 0: `heads` heads
-    heads: int = 1
+    heads: int = 1  # attention heads where `head_channels` is 0
     hidden: int = 128  # width of SPADE's hidden activation
     variance: bool = False  # predict the learned-range variance in further channels
     spacing: bool = True  # embed the pixel spacing
@@ -121,16 +127,21 @@ def sdm_config(
     preset: str,  # a key of `PRESETS`
     **changes,  # fields of `SDMConfig`
 ) -> SDMConfig:
-    "The configuration of a preset, with changes."
+    "Return the configuration of a preset, with changes."
     if preset not in PRESETS: raise CMRError(f'preset {preset!r}: choose one of {", ".join(PRESETS)}')
     return SDMConfig(**{**PRESETS[preset], **changes})
 
 # %% ../../nbs/30_model.sdm.ipynb #30n031
 class Stage(nn.ModuleList):
-    "Layers that follow one another; residual blocks are handed the time and the labels, too."
+    "Calls its layers one after the other, and hands the time and the labels to residual blocks."
     checkpointing = False  # recompute the blocks in the backward pass: less memory, a third more time
 
-    def forward(self, x: Tensor, time: Tensor, labels=None) -> Tensor:  # all as in `ResBlock`
+    def forward(self,
+        x: Tensor,  # features (B, C, H, W)
+        time: Tensor,  # (B, time_width), already through SiLU
+        labels=None,  # what `SDM.prepare` gave; None in the encoder
+    ) -> Tensor:  # (B, C', H', W')
+        "Return what the last layer gives."
         for layer in self:
             if not isinstance(layer, ResBlock): x = layer(x)
             elif self.checkpointing and self.training: x = checkpoint(layer, x, time, labels, use_reentrant=False)
@@ -139,7 +150,7 @@ class Stage(nn.ModuleList):
 
 # %% ../../nbs/30_model.sdm.ipynb #30n006
 class SDM(nn.Module):
-    """The semantic diffusion model: ADM's U-Net with the label map in the norms of its middle and decoder.
+    """The semantic diffusion model is ADM's U-Net with the label map in the norms of its middle and decoder.
 
     Sources: Wang et al. 2022, arXiv 2207.00050; the U-Net of Dhariwal and Nichol 2021, arXiv 2105.05233.
     Argument: `config`, an `SDMConfig`; `sdm_config('small')` gives that of a preset.
@@ -197,7 +208,7 @@ class SDM(nn.Module):
 def spacing_position(
     spacing: Tensor,  # (B,) mm
 ) -> Tensor:  # (B,) position for `sinusoid`: 0 at 0.37 mm, 500 at 1 mm, 1000 at 2.7 mm
-    "Where a spacing lies on the axis of the sinusoids: its logarithm, spread out."
+    "Return where a spacing lies on the axis of the sinusoids: its logarithm is spread out."
     return 500 * (1 + spacing.clamp_min(1e-3).log())
 
 @patch
@@ -205,7 +216,7 @@ def embed(self: SDM,
     t: Tensor,  # time (B,), 0 to 1000
     spacing: Tensor | None,  # (B,) mm; 0: unknown
 ) -> Tensor:  # (B, 4C)
-    "Time and spacing as one vector."
+    "Embed time and spacing as one vector."
     def waves(position): return sinusoid(position, self.config.width).to(self.out.weight.dtype)
     time = self.time(waves(t))
     if self.spacing is not None and spacing is not None:
@@ -217,12 +228,15 @@ def embed(self: SDM,
 def prepare(self: SDM,
     *conditions: Condition,  # of the same B images; guidance has two
 ) -> Tensor:  # one-hot maps (B, K, H, W), those of one condition after those of the other
-    "What `forward` takes as `labels`; it is made once and serves every step of sampling."
+    "Make what `forward` takes as `labels`; it is made once and serves every step of sampling."
     return torch.cat([c.one_hot() for c in conditions]).to(self.out.weight.dtype)
 
 @patch
-def check_size(self: SDM, x: Tensor, labels: Tensor):  # images (B, image_channels, H, W), one-hot map (B, K, H, W)
-    "Raises `CMRError` where the image cannot be halved often enough, or the label map is not of its size."
+def check_size(self: SDM,
+    x: Tensor,  # images (B, image_channels, H, W)
+    labels: Tensor,  # one-hot map (B, K, H, W)
+):
+    "Raise `CMRError` where the image cannot be halved often enough, or the label map is not of its size."
     divisor = 2**(len(self.config.multipliers) - 1)
     expected = (B, K, H, W) = (len(x), self.config.label_channels, *x.shape[-2:])
     if H % divisor or W % divisor:
@@ -238,7 +252,7 @@ def forward(self: SDM,
     labels: Tensor,  # one-hot map (B, K, H, W), or what `prepare` gave
     spacing: Tensor | None = None,  # pixel spacing (B,) mm; 0: unknown
 ) -> Tensor:  # (B, image_channels, H, W); with the variance, (B, 2 image_channels, H, W)
-    "Down, through the middle, and up; see the class."
+    "Go down, through the middle, and up; the class describes the arguments."
     self.check_size(x, labels)
     time, h, skips = self.embed(t, spacing), x, []
     for stage in self.encoder:  # down: sees the image and the time

@@ -27,7 +27,7 @@ from fastai.torch_core import trainable_params
 
 # %% ../../nbs/40_training.callbacks.ipynb #250008
 class Objective(nn.Module):
-    "The losses of a denoiser: of the network that is trained in training, of the average of its weights otherwise."
+    "Computes the losses of a denoiser, in training with the trained network and otherwise with the averaged one."
     def __init__(self,
         denoise: Denoiser,  # the network and its recipe
     ):
@@ -36,7 +36,7 @@ class Objective(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        "The network that is trained; `average.model` is the averaged one."
+        "Return the network that is trained; `average.model` is the averaged one."
         return self.denoise.model
 
     def forward(self,
@@ -45,6 +45,7 @@ class Objective(nn.Module):
         level: Tensor,  # noise level (B,) as the recipe draws it
         noise: Tensor,  # (B, 1, S, S) standard normal
     ) -> Tensor:  # the losses (B,)
+        "Return the loss of each image."
         denoise = self.denoise if self.training else self.average
         return denoise.loss(x0, condition, level, noise)['loss']
 
@@ -55,31 +56,31 @@ class Objective(nn.Module):
 def mean_loss(
     losses: Tensor,  # (B,) from an `Objective`
     *targets,  # not needed: the loss is computed already
-    reduction: str = 'mean',  # 'mean', or 'none': a loss per image
+    reduction: str = 'mean',  # 'mean', or 'none': one loss per image
 ) -> Tensor:  # a number, or (B,)
-    "The loss of a batch."
+    "Return the loss of a batch."
     return losses.mean() if reduction == 'mean' else losses
 
 def network_parameters(
-    objective: Objective,
+    objective: Objective,  # whose network is trained
 ) -> list[nn.Parameter]:
-    "What the optimizer changes; the average follows by itself."
+    "Return what the optimizer changes; the average follows by itself."
     return trainable_params(objective.network)
 
 # %% ../../nbs/40_training.callbacks.ipynb #250010
 def seeded(
-    *parts,  # what the numbers shall depend on
+    *parts,  # numbers and texts that the random numbers depend on
 ) -> torch.Generator:
-    "A random generator on the CPU."
+    "Make a random generator on the CPU."
     return torch.Generator().manual_seed(stable_seed(*parts))
 
 def noised_task(
     denoise: Denoiser,  # whose recipe draws the levels
     x0: Tensor,  # images (B, C, H, W) in network units
     condition: Condition,  # of the B images
-    generator: torch.Generator,
+    generator: torch.Generator,  # on the CPU; draws levels and noise
 ) -> tuple[Tensor, Condition, Tensor, Tensor]:  # image, condition, level (B,), noise (B, C, H, W)
-    "What an `Objective` is called with."
+    "Make what an `Objective` is called with."
     drawn = [(denoise.draw(1, generator), torch.randn(x0.shape[1:], generator=generator)) for _ in x0]
     levels, noise = zip(*drawn)
     return x0, condition, torch.cat(levels).to(x0.device), torch.stack(noise).to(x0.device)
@@ -118,7 +119,7 @@ class ConditionDropout(Callback):
 
 # %% ../../nbs/40_training.callbacks.ipynb #250012
 class EMACallback(Callback):
-    "Exponential moving average of the weights, in `model.average`."
+    "Keeps an exponential moving average of the weights in `model.average`."
     order, run_valid = TrainEvalCallback.order + 1, False  # the model is on its device, and nobody has looked at it yet
     def __init__(self,
         decay: float = 0.999,  # share of the old average that stays in a step, once warm
@@ -145,7 +146,7 @@ class StreamPosition(Callback):
 
 # %% ../../nbs/40_training.callbacks.ipynb #40n060
 class WarmUpCosine(ParamScheduler):
-    "Linear warm-up over some steps, then a cosine down to a hundredth."
+    "Raises the learning rate linearly over some steps, then lowers it with a cosine to a hundredth."
     def __init__(self,
         learning_rate: float,  # the highest
         warmup: int = 100,  # optimizer steps
@@ -177,7 +178,7 @@ class TimeBox(Callback):
 
 # %% ../../nbs/40_training.callbacks.ipynb #250018
 class ShuffledMaskLoss(Metric):
-    "Mean loss with each image under its neighbour's label map, for the same noise."
+    "Measures the mean loss with each image under its neighbour's label map, for the same noise."
     name = 'loss_shuffled_masks'
     def reset(self): self.total, self.count = 0., 0
 
@@ -192,7 +193,7 @@ class ShuffledMaskLoss(Metric):
 
 # %% ../../nbs/40_training.callbacks.ipynb #40n069
 class SigmaQuartileLoss(Metric):
-    "Mean loss of the images whose noise level is in one quarter of all levels."
+    "Measures the mean loss of the images whose noise level is in one quarter of all levels."
     def __init__(self,
         quarter: int,  # 1 (least noise) to 4
     ): self.quarter = quarter

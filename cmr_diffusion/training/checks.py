@@ -32,7 +32,7 @@ class TrackingCallback(Callback):
         every: int = 20,  # batches between two entries
     ): self.every, self.images, self.latest = every, 0, {}
 
-    def before_fit(self): open_run()  # or one line that says there is none
+    def before_fit(self): open_run()  # raises `CMRError` where no run is open
     def before_train(self): self.begin()
 
     def after_batch(self):
@@ -51,12 +51,12 @@ class TrackingCallback(Callback):
 # %% ../../nbs/40a_training.checks.ipynb #40an008
 @patch
 def begin(self: TrackingCallback):
-    "Starts to gather losses, and the stop watch."
+    "Start to gather losses, and start the stop watch."
     self.recent, self.images_before, self.started = [], self.images, time.monotonic()
 
 @patch
 def log_training(self: TrackingCallback):
-    "The mean of the losses since the last entry, with what goes along."
+    "Log the mean of the losses since the last entry, with the learning rate and the speed."
     seconds = time.monotonic() - self.started
     loss, speed = torch.stack(self.recent).mean().item(), (self.images - self.images_before) / seconds
     self.log({'train/loss': loss, 'train/learning_rate': self.opt.hypers[-1]['lr'],
@@ -65,8 +65,10 @@ def log_training(self: TrackingCallback):
 
 # %% ../../nbs/40a_training.checks.ipynb #40an010
 @patch
-def log(self: TrackingCallback, values: dict):
-    "Into the run, at the number of optimizer steps; `latest` keeps the last of each."
+def log(self: TrackingCallback,
+    values: dict,  # name of a metric -> number
+):
+    "Log values into the run, at the number of optimizer steps; `latest` keeps the last of each."
     self.latest |= values
     if values: log_metrics(values, self.model.steps)
 
@@ -77,7 +79,7 @@ def sample_figure(
     images: int = 6,  # how many, evenly spread
     steps: int = 12,  # of the sampler
 ) -> Picture:
-    "Label maps, painted images, and painted images with the outlines of the maps."
+    "Draw label maps, painted images, and painted images with the outlines of the maps."
     rows = cache.rows('val') if len(cache.rows('val')) else cache.rows('train')
     grids = [cache.grid(i) for i in evenly(rows, images)]
     painted = paint(checkpoint, grids, list(range(len(grids))), steps=steps, precision=checkpoint.denoise.precision)
@@ -87,7 +89,7 @@ def sample_figure(
 # %% ../../nbs/40a_training.checks.ipynb #40an017
 class SampleGrid(Callback):
     "Logs a grid of samples before the first step and at the end of each epoch."
-    order = TrackingCallback.order + 1  # the losses of the epoch stand in the run before
+    order = TrackingCallback.order + 1  # the losses of the epoch are in the run by then
     def __init__(self,
         checkpoint: Checkpoint,  # the averaged network
         images: int = 6,  # label maps to paint into
@@ -103,8 +105,8 @@ class SampleGrid(Callback):
 # %% ../../nbs/40a_training.checks.ipynb #40an019
 def keep_checkpoint(
     checkpoint: Checkpoint,  # what to write
-) -> Path | None:  # where it lies, if on this machine
-    "Writes the checkpoint into the open run."
+) -> Path | None:  # its folder; None where a server keeps it
+    "Write the checkpoint into the open run."
     run = open_run()
     if run.folder is not None: return save_checkpoint(run.folder/CHECKPOINT, checkpoint)
     with tempfile.TemporaryDirectory() as d: log_folder(save_checkpoint(Path(d)/CHECKPOINT, checkpoint))
@@ -124,7 +126,7 @@ class CheckpointCallback(Callback):
 
 # %% ../../nbs/40a_training.checks.ipynb #40an046
 class ProgressBar(Callback):
-    "A bar over the share of the training that is done."
+    "Shows a bar over the share of the training that is done."
     order, run_valid = Recorder.order + 1, False
     def before_fit(self):
         layout = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}'

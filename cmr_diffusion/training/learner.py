@@ -37,13 +37,13 @@ from fastai.optimizer import OptimWrapper
 # %% ../../nbs/41_training.learner.ipynb #41n005
 @lru_cache
 def temporary_folder() -> Path:
-    "A folder of this process, removed at its end."
+    "Make a folder for this process; it is removed when the process ends."
     folder = Path(tempfile.mkdtemp(prefix='cmr_learner_'))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 def writing_folder() -> Path:
-    "Where a learner writes: the open run, or a temporary folder."
+    "Return where a learner writes: the folder of the open run, or a temporary folder."
     try: return open_run().folder or temporary_folder()
     except CMRError: return temporary_folder()
 
@@ -67,7 +67,7 @@ def sdm_learner(
     metrics: list | None = None,  # None: the loss with shuffled masks, and by quartile of the noise level
     path: Path | str | None = None,  # where it writes; None: the open run's folder, or a temporary one
 ) -> SDMLearner:
-    """A fastai `Learner` that trains a semantic diffusion model.
+    """Make a fastai `Learner` that trains a semantic diffusion model.
 
     Everything that the data says (channels, value transforms, geometry) comes with `dls`. The learner is used as any
     learner of fastai: `lr_find`, `fit_one_cycle`, `validate`, `show_results`, `save`, `load`, and any callback.
@@ -124,7 +124,7 @@ def sdm_learner(
 # %% ../../nbs/41_training.learner.ipynb #41n010
 @patch
 def summary(self: SDMLearner):
-    "As fastai's `Learner.summary`, with every layer of the network."
+    "Do what fastai's `Learner.summary` does, with every layer of the network."
     averaged = self.model.average.model
     with torch.device('meta'): plain = SDM(averaged.config)
     plain = plain.to_empty(device=self.dls.device)
@@ -136,7 +136,7 @@ def summary(self: SDMLearner):
 # %% ../../nbs/41_training.learner.ipynb #250005
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training, saved with its run and its checkpoint.
+    """Holds the settings of one training; it is saved with its run and its checkpoint.
 
     Say how long to train: `steps`, `minutes`, or both, whichever ends first. The learning rate follows the share that
     is done, so that it reaches its end either way.
@@ -188,12 +188,12 @@ class TrainConfig:
 
     @property
     def epochs(self) -> int:
-        "As many as checks, but no epoch without a step."
+        "There are as many epochs as checks, but none without a step."
         return max(1, min(self.checks, self.steps or self.checks))
 
     @property
     def steps_per_epoch(self) -> float:
-        "May be a fraction: 3 steps and 2 checks are epochs of 2 steps and 1."
+        "The number may be a fraction: 3 steps and 2 checks are epochs of 2 steps and 1."
         return ENDLESS if self.steps is None else self.steps / self.epochs
 
 ENDLESS = 10**6  # steps of an epoch that ends by the clock
@@ -205,7 +205,7 @@ def config_learner(
     device: str = 'cpu',  # 'cpu', 'cuda', ...
     init: Path | str | None = None,  # checkpoint or run whose weights to start from
 ) -> SDMLearner:
-    "The learner of a training; validation sees at most eight batches."
+    "Make the learner of a training; validation sees at most eight batches."
     c = config
     dls = make_dataloaders(cache, c.batch_size, c.seed, device=device, steps_per_epoch=c.steps_per_epoch,
                            valid_slices=8 * c.batch_size)
@@ -219,7 +219,7 @@ def run_callbacks(
     learn: SDMLearner,  # whose run it is
     config: TrainConfig,  # what to train
 ) -> list:
-    "What a training has beside the callbacks of the learner: a schedule, a clock, and what is written into the run."
+    "List what a training has beside the callbacks of the learner: a schedule, a clock, and what writes into the run."
     schedule = [WarmUpCosine(config.learning_rate, config.warmup)]
     if config.minutes is not None: schedule.append(TimeBox(config.minutes))
     checks = [TrackingCallback(), SampleGrid(learn.checkpoint), CheckpointCallback(learn.checkpoint), ProgressBar()]
@@ -230,7 +230,7 @@ def log_settings(
     learn: SDMLearner,  # whose settings to log
     config: TrainConfig,  # of the training
 ):
-    "All that made the network, into the open run."
+    "Log all settings that made the network into the open run."
     c, cache = learn.checkpoint, learn.dls.cache
     parameters, _ = total_params(c.model)
     log_config(config, 'train.')
@@ -251,7 +251,7 @@ def train(
     device: str | None = None,  # None: a GPU where there is one
     run_id: str | None = None,  # log into this run instead of a new one
 ) -> tuple[str, Path | None]:  # run id, checkpoint folder (None where a server keeps it)
-    """Trains a semantic diffusion model on a cache, all of it in one MLflow run.
+    """Train a semantic diffusion model on a cache, all of it in one MLflow run.
 
     The run gets the configuration, the training loss every 20 steps, and at the end of each of `config.checks` epochs
     the validation losses, a grid of samples and a checkpoint of the averaged weights. The first grid is that of step 0.

@@ -27,9 +27,9 @@ from fastai.learner import Learner
 # %% ../../nbs/40d_training.model.ipynb #250022
 def sigma_data(
     dls: GridLoaders,  # whose training slices are measured
-    slices: int = 256,  # at most so many of them, evenly spread
+    slices: int = 256,  # how many of them at most, evenly spread
 ) -> float:
-    "Root mean square of the training images in network units."
+    "Return the root mean square of the training images in network units."
     images = (dls.train_ds.sample(int(i))[0] for i in evenly(dls.train_ds.positions, slices))
     return float(np.sqrt(np.mean([np.mean(np.square(image, dtype=np.float64)) for image in images])))
 
@@ -40,7 +40,7 @@ def new_denoiser(
     recipe: str,  # 'edm' or 'paper'
     precision: str,  # 'float32' or 'bfloat16'
 ) -> Denoiser:
-    "A network with random weights, and its recipe."
+    "Make a network with random weights, and its recipe."
     if recipe not in RECIPES: raise CMRError(f'recipe {recipe!r}: choose one of {", ".join(RECIPES)}')
     config = sdm_config(preset, label_channels=dls.spec.channels, variance=RECIPES[recipe][1].variance)
     numbers = dict(sigma_data=round(sigma_data(dls), 4)) if recipe == 'edm' else {}
@@ -51,7 +51,7 @@ def start_from(
     init: Path | str,  # checkpoint folder or run
     dls: GridLoaders,  # takes the value transforms
 ) -> Denoiser:  # the same network, with the recipe of the checkpoint
-    "Goes on where a checkpoint ended; `CMRError` in one line where it does not fit."
+    "Go on where a checkpoint ended; raise `CMRError` in one line where it does not fit."
     start = load_checkpoint(resolve_run(init))
     if start.spec != dls.spec:
         raise CMRError(f'{init}: trained with channels {", ".join(start.spec.names)}; '
@@ -67,13 +67,21 @@ class SDMLearner(Learner):
     "A fastai `Learner` of a semantic diffusion model; `checkpoint` is its averaged network."
     checkpoint: Checkpoint = None
 
-    def validate(self, ds_idx=1, dl=None, cbs=None):
-        "Losses of the averaged network on `dl`, or on the loader number `ds_idx` (1: validation)."
+    def validate(self,
+        ds_idx: int = 1,  # number of the loader: 0 training, 1 validation
+        dl: GridLoader | None = None,  # another loader; then `ds_idx` does not matter
+        cbs: list | None = None,  # further callbacks
+    ) -> list:  # the loss, then the metrics
+        "Return the losses of the averaged network on `dl`, or on the loader number `ds_idx` (1: validation)."
         if len(self.dls[ds_idx] if dl is None else dl): return super().validate(ds_idx, dl, cbs)
         raise CMRError(f'validate: {self.dls.cache.folder} has no validation slices; '
                        'prepare it with a split named val, or validate(ds_idx=0)')
 
-    def show_batch(self, b=None, max_n=10, **options) -> Picture:
+    def show_batch(self,
+        b: tuple | None = None,  # a batch; None: the first of the coming epoch
+        max_n: int = 10,  # how many slices at most
+        **options,  # of `GridLoader.show_batch`
+    ) -> Picture:
         "Draw slices of a training batch with the outlines of their structures."
         return self.dls.show_batch(b, max_n, **options)
 
@@ -103,17 +111,19 @@ def show_results(self: SDMLearner,
 # %% ../../nbs/40d_training.model.ipynb #40dn020
 @patch
 def to_bf16(self: SDMLearner) -> SDMLearner:
-    "From now on the network computes in bfloat16, on every device, as with `sdm_learner(precision='bfloat16')`."
+    "Let the network compute in bfloat16, on every device, as with `sdm_learner(precision='bfloat16')`."
     self.model.denoise.precision = self.model.average.precision = 'bfloat16'
     return self
 
 @patch
 def to_fp32(self: SDMLearner) -> SDMLearner:
-    "From now on the network computes in float32."
+    "Let the network compute in float32."
     self.model.denoise.precision = self.model.average.precision = 'float32'
     return self.remove_cb(MixedPrecision) or self
 
 @patch
-def to_fp16(self: SDMLearner, **options):
-    "Not for this model: `CMRError`."
+def to_fp16(self: SDMLearner,
+    **options,  # of fastai's `to_fp16`; not used
+):
+    "Raise `CMRError`, since this model does not compute in float16."
     raise CMRError("to_fp16: this model computes in float32 or bfloat16; use sdm_learner(dls, precision='bfloat16')")
