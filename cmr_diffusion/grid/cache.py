@@ -48,6 +48,7 @@ def _first_reasons(table: pd.DataFrame) -> str:
     lines = [f'{r.n} x {r.reason} ({r.id}{" and others" if r.n > 1 else ""})' for r in first.head(3).itertuples()]
     return '; '.join(lines) or 'the table is empty'
 
+# %% ../../nbs/22_grid.cache.ipynb #22n006
 def _table_that_fits(table: pd.DataFrame, geometry: Geometry) -> pd.DataFrame:
     "The table, in which slices that cannot be laid on the grid are not usable; `CMRError` where no usable one is left."
     fits = rows_that_fit(check_columns(table), lambda row: fit_problem(row, geometry))
@@ -65,6 +66,7 @@ def _old_cache(folder: Path) -> CohortCache | None:
         return old if len(old.usable) else None
     except CMRError: return None
 
+# %% ../../nbs/22_grid.cache.ipynb #22n007
 def _old_or_read(rows: pd.DataFrame, states: list[str], old: CohortCache | None, workers, load) -> Iterator[Slice]:
     "Slices of all rows in order: from the old cache where it holds a row in the same state, else read."
     known = {} if old is None else dict(zip(zip(old.usable.id, old.usable.state), range(len(old))))
@@ -81,6 +83,7 @@ def _fit_on(rows: pd.DataFrame) -> np.ndarray:  # (n,) bool
         if not chosen[own].any(): chosen = chosen | own
     return chosen
 
+# %% ../../nbs/22_grid.cache.ipynb #22n008
 def _note_hearts(slices: Iterable[Slice], chosen: np.ndarray, found: dict[str, list]) -> Iterator[Slice]:
     "Pass slices on; the heart's values of the chosen ones go to `found`, by type."
     for s, wanted in zip(slices, chosen):
@@ -90,6 +93,7 @@ def _note_hearts(slices: Iterable[Slice], chosen: np.ndarray, found: dict[str, l
             found.setdefault(s.type, []).append(s.pixels[inside] / scale)
         yield s
 
+# %% ../../nbs/22_grid.cache.ipynb #22n010
 def _units(rows: pd.DataFrame) -> dict[str, str]:
     "The unit of each image type; `CMRError` where slices of one type have different ones."
     units = {t: sorted(set(own.unit)) for t, own in rows.groupby('type')}

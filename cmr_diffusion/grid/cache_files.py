@@ -66,7 +66,7 @@ def write_table(
     table = table[list(COLUMNS)].assign(position=position, state=state)
     if not keep_paths:
         table = table.assign(image='', label='')
-        table.attrs = {}  # remarks, which name files
+    table.attrs = {name: v for name, v in table.attrs.items() if name == 'remarks' and keep_paths}  # they name files
     table.to_parquet(folder/'table.parquet', index=False)
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn008
@@ -86,6 +86,7 @@ class CacheSettings:
         own, known = [v.type for v in self.values], [name for name, _ in ConditionSpec(self.spec).types]
         if own != known: raise CMRError(f'values are of types {own}, spec is of types {known}; {AGAIN}')
 
+# %% ../../nbs/21b_grid.cache_files.ipynb #21bn000
 def write_settings(
     folder: Path,  # of the cache
     settings: CacheSettings,  # to be written
@@ -93,6 +94,7 @@ def write_settings(
     "Write `cache.json`, whole or not at all."
     with atomic_path(folder/'cache.json') as new: new.write_text(json.dumps(asdict(settings), indent=1))
 
+# %% ../../nbs/21b_grid.cache_files.ipynb #21bn036
 def read_settings(
     folder: Path,  # of the cache
 ) -> CacheSettings:
@@ -117,6 +119,7 @@ def _index_problem(index: np.ndarray, sizes: tuple[int, int], types: int) -> str
     known &= index['label_offset'] + n <= sizes[1]
     return '' if known.all() else f'holds {np.sum(~known)} slices that are nowhere in the files'
 
+# %% ../../nbs/21b_grid.cache_files.ipynb #21bn037
 def open_files(
     folder: Path,  # of the cache
     settings: CacheSettings,  # what its cache.json says
