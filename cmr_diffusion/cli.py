@@ -140,8 +140,11 @@ def cmr_prepare(
     from cmr_diffusion.cohort import table as cohort
     from cmr_diffusion.grid.cache import prepare
     from cmr_diffusion.grid.geometry import Geometry
+    from cmr_diffusion.marks import is_result
+    from cmr_diffusion.results import check_result
     geometry = Geometry.parse(size, spacing, crop, jitter)
     salt = _salt(pseudonymise)
+    if not is_result(Path(cache), 'cache'): check_result(cache, 'cache')  # a cache may need no writing at all
     table = _read(root, layout, split, seed, scale, observer)
     if salt: table = cohort.pseudonymise(table, salt)
     if type is not None:
@@ -211,12 +214,15 @@ def cmr_sample(
     device: str = None,  # cpu or cuda (default: a GPU where there is one)
 ):
     "Paint label maps with a trained model, and write what comes out as a cohort."
+    from cmr_diffusion.results import check_result
     from cmr_diffusion.synthesis.cohort import synthesize
     from cmr_diffusion.tracking import resolve_run
     splits = tuple(split.split(',')) if split else None
     settings = dict(type=type, spacing=spacing, guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask)
     computing = dict(batch_size=batch_size, device=choose_device(device), precision=precision, compile=compile)
-    folder = synthesize(resolve_run(run), _masks(masks, layout), out, splits, seed=seed, **settings, **computing)
+    source = resolve_run(run)
+    check_result(out, 'cohort', [masks, source])
+    folder = synthesize(source, _masks(masks, layout), out, splits, seed=seed, **settings, **computing)
     print(f'{folder}: a synthetic cohort in the Semmelweis layout')
 
 # %% ../nbs/70_cli.ipynb #500020

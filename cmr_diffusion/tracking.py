@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlparse
 from PIL import Image
 
 from .core import CMRError
+from .results import check_finished
 
 # %% ../nbs/02_tracking.ipynb #240005
 @lru_cache
@@ -241,12 +242,12 @@ def resolve_run(
 ) -> Path:
     "Find the checkpoint folder that `run` means."
     path = Path(run).expanduser()
-    if path.is_dir(): return path/name if (path/name).is_dir() else path
+    if path.is_dir(): return path/name if check_finished(path/name).is_dir() else check_finished(path)
     if path.exists() or os.sep in str(run):
         raise CMRError(f'{run}: no such folder; give a run id, a run name or a checkpoint folder')
     found, client = find_run(str(run)), _client(tracking_uri())
     folder = _artifact_folder(found)
-    if folder is not None: folder = folder/name
+    if folder is not None: folder = check_finished(folder/name)
     elif any(f.path == name for f in client.list_artifacts(found.info.run_id)):
         folder = Path(client.download_artifacts(found.info.run_id, name))
     if folder is None or not folder.is_dir():

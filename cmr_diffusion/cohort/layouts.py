@@ -20,7 +20,7 @@ from cmr_diffusion.cohort.rows import (
     with_structures)
 from .tables import number, read_csv, unknown_columns
 from ..core import canonical_type, CMRError, logger, type_named, unit_named
-from ..output import progress
+from ..output import end_with_parent, progress
 from ..results import check_finished
 
 # %% ../../nbs/13_cohort.layouts.ipynb #030008
@@ -48,7 +48,8 @@ def _examine_all(volumes, workers):
     workers = _processes(volumes) if workers is None else workers
     bar = dict(total=len(volumes), description='reading', unit='volume')
     if workers < 2: return [examine_volume(rows) for rows in progress(volumes, **bar)]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork')) as pool:
+    fork = multiprocessing.get_context('fork')
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=end_with_parent) as pool:
         return list(progress(pool.map(examine_volume, volumes, chunksize=4), **bar))
 
 # %% ../../nbs/13_cohort.layouts.ipynb #130n022

@@ -22,7 +22,7 @@ from .relaxometry import (
     coils, ECHOES, fit_t1, fit_t2, magnitude, molli, partial_volume, Readout, readout_matrices, t2_prepared)
 from .semmelweis_writing import fill_semmelweis
 from ..core import BACKGROUND, CMRError, RIGHT_VENTRICLE, Slice, stable_seed
-from ..output import atomic_path
+from ..output import atomic_path, end_with_parent
 from ..results import result
 
 # %% ../../nbs/18c_cohort.phantom.ipynb #070051
@@ -72,7 +72,7 @@ def phantom_slice(
 # %% ../../nbs/18c_cohort.phantom.ipynb #070052
 def _in_processes(jobs, workers):
     "Make the slices of some jobs in several processes, and yield them in order."
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         waiting = deque()
         for job in jobs:
             waiting.append(pool.submit(phantom_slice, *job))

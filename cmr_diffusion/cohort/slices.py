@@ -17,7 +17,7 @@ from .files import load_slice
 from .rows import COLUMNS
 
 from ..core import CMRError, Slice
-from ..output import progress
+from ..output import end_with_parent, progress
 
 # %% ../../nbs/16b_cohort.slices.ipynb #16bn032
 def _load(load: Callable, row: pd.Series) -> Slice:
@@ -50,7 +50,7 @@ def load_slices(
 ) -> Iterator[Slice]:
     "Yield the slices of a table in its order, decoded in parallel; progress is shown for what takes over two seconds."
     workers = min(os.cpu_count() or 1, 8) if workers is None else workers
-    pool = ProcessPoolExecutor(workers) if workers > 1 and len(rows) >= 64 else None
+    pool = ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1 and len(rows) >= 64 else None
     parts = _parts(rows) if pool else [rows.iloc[i:i + 1] for i in range(len(rows))]
     decoded = pool.map(_load_rows, repeat(load), parts) if pool else map(_load_rows, repeat(load), parts)
     with progress(total=len(rows), description='reading slices', unit='slice') as bar:

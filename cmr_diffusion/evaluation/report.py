@@ -172,6 +172,14 @@ def write(self: Report,
         if self.figure is not None: self.figure.savefig(room/'comparison.png', dpi=100)
 
 # %% ../../nbs/66_evaluation.report.ipynb #450014
+def _checked_folder(out, root, cache):
+    "The folder of the files; `CMRError` before any network is trained where they cannot be written there."
+    own = root/'evaluation'
+    if out is None: out = own
+    inputs = [cache.folder] if Path(out).resolve() == own.resolve() else [cache.folder, root]
+    check_result(out, 'evaluation', inputs)
+    return Path(out)
+
 def _parts(cache, real, synthetic, config, grey, seed, device):
     "Compute all parts of the evaluation by name; what takes no training comes first."
     parts, folder = dict(values=values(real, synthetic, cache.values, seed)), cache.folder/'segmentation'
@@ -256,7 +264,7 @@ def evaluate(
     """
     device, root, config = choose_device(device), Path(root), config or (QUICK if quick else SegConfig())
     if not isinstance(cache, CohortCache): cache = CohortCache.load(cache)
-    if root.is_dir(): check_result(out or root/'evaluation', 'evaluation', [cache.folder])
+    out = _checked_folder(out, root, cache)
     synthetic, real = read_synthetic(root, cache, layout), grid_slices(cache)
     _check_splits(cache, real, synthetic)
     run_id = _run_of(root) if log else None
@@ -267,5 +275,5 @@ def evaluate(
         split = first_split(synthetic, VALUE_SPLITS)
         report.figure = compare(real.of(split), synthetic.of(split), cache.values, seed=seed)
     if log: report.run_id = _log(report, root, run_id)
-    report.write(out or root/'evaluation')
+    report.write(out)
     return report

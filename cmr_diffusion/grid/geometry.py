@@ -51,8 +51,10 @@ class Geometry:
         if isinstance(self.spacing, list): object.__setattr__(self, 'spacing', tuple(self.spacing))  # from JSON
         if not _is_spacing(self.spacing): raise CMRError(f'spacing {self.spacing!r}: {_SPACINGS}')
         if self.crop not in ('none', 'heart'): raise CMRError(f"crop {self.crop!r}: give 'none' or 'heart'")
-        if not 1 <= self.size <= MAX_SIZE: raise CMRError(f'size {self.size}: the grid has 1 to {MAX_SIZE} pixels per side')
-        if not 0 <= self.jitter < self.size: raise CMRError(f'jitter {self.jitter}: give 0 to {self.size - 1} grid pixels')
+        if not 1 <= self.size <= MAX_SIZE:
+            raise CMRError(f'size {self.size}: the grid has 1 to {MAX_SIZE} pixels per side')
+        if not 0 <= self.jitter < self.size:
+            raise CMRError(f'jitter {self.jitter}: give 0 to {self.size - 1} grid pixels')
 
 # %% ../../nbs/20a_grid.geometry.ipynb #20an002
 @patch(cls_method=True)

@@ -23,7 +23,7 @@ from ..grid.values import ValueTransform
 from .ddpm import DDPMDenoiser, DDPMRecipe, make_denoiser, recipe_to_json
 from .edm import EDMDenoiser, EDMRecipe, Guided
 from .sdm import SDM, SDMConfig
-from ..results import result
+from ..results import check_finished, result
 
 # %% ../../nbs/36_model.checkpoint.ipynb #230005
 @dataclass
@@ -125,7 +125,7 @@ def load_checkpoint(
 
     Source: weights are stored as safetensors, which holds numbers and nothing that runs.
     """
-    folder = Path(folder)
+    folder = check_finished(folder)
     config = read_config(folder)
     try: weights = load_file(folder/'model.safetensors')
     except Exception as e:

@@ -181,7 +181,8 @@ def synthesize(
     """
     if per_mask < 1: raise CMRError(f'--per-mask {per_mask}: at least one image per mask')
     if batch_size < 1: raise CMRError(f'--batch-size {batch_size}: at least one image at once')
-    check_result(out, 'cohort', sources_of(masks))
+    inputs = sources_of(masks) + ([] if isinstance(checkpoint, Checkpoint) else [Path(resolve_run(checkpoint))])
+    check_result(out, 'cohort', inputs)
     c, device = ready_model(checkpoint, device, compile)
     if type: c.spec.structures(type)  # raises where the model does not know it
     geometry, precision = other_spacing(c.geometry, spacing), choose_precision(precision, device)
@@ -199,12 +200,12 @@ def synthesize(
     splits_of = {patients[row.patient, n]: row.split for row in sources for n in range(per_mask)}
     run_id = c.info.get('run_id')
     identity = stable_seed(run_id, splits, type, str(spacing), guidance, steps, sampler, seed)  # of the studies
-    with result(out, 'cohort', sources_of(masks)) as room:
+    with result(out, 'cohort', inputs) as room:
         slices = named_slices(painted(), patients)
         fill_semmelweis(room.path, slices, synthetic=True, splits=splits_of, seed=identity)
         settings = dict(
             cmr_diffusion=__version__, run_id=run_id, steps_trained=c.info.get('steps'), type=type,
-            spacing=str(geometry.spacing), guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask, seed=seed,
-            device=str(device), precision=precision, images=len(clipped), clipped_share=float(np.mean(clipped)))
+            spacing=str(geometry.spacing), guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask,
+            seed=seed, device=str(device), precision=precision, images=len(clipped), clipped_share=float(np.mean(clipped)))
         (room/'synthesis.json').write_text(json.dumps(settings, indent=1))
     return Path(out)
