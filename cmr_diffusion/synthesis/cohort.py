@@ -206,6 +206,7 @@ def synthesize(
         settings = dict(
             cmr_diffusion=__version__, run_id=run_id, steps_trained=c.info.get('steps'), type=type,
             spacing=str(geometry.spacing), guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask,
-            seed=seed, device=str(device), precision=precision, images=len(clipped), clipped_share=float(np.mean(clipped)))
+            seed=seed, device=str(device), precision=precision,
+            images=len(clipped), clipped_share=float(np.mean(clipped)))
         (room/'synthesis.json').write_text(json.dumps(settings, indent=1))
     return Path(out)
