@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .core import CMRError, Slice, STRUCTURES, type_named
+from .core import CMRError, ImageType, Slice, STRUCTURES
 from .figures import COLOURS, Picture, shown_values, window
 
 # %% ../nbs/01b_charts.ipynb #01bn018
@@ -85,22 +85,27 @@ def matrix_sizes(
 
 # %% ../nbs/01b_charts.ipynb #01bn022
 def _values_by_structure(slices) -> dict:
-    "Collect all values of each structure as they are shown: (type, structure) -> values."
+    "Collect all values of each structure as they are shown: (what they mean, structure) -> values."
     found = {}
     for s in slices:
         values = shown_values(s)[0]
         label_map = np.zeros(values.shape, np.uint8) if s.labels is None else s.labels
         for number, name in enumerate(STRUCTURES):
             inside = label_map == number
-            if inside.any(): found.setdefault((s.type, name), []).append(values[inside])
+            if inside.any(): found.setdefault((s.meaning, name), []).append(values[inside])
     return {key: np.concatenate(parts) for key, parts in found.items()}
 
 # %% ../nbs/01b_charts.ipynb #01bn023
-def _density_lines(ax, values, image_type, bins, style, cohort):
+def _shared_window(meaning: ImageType, cohorts: dict) -> tuple[float, float]:
+    "The window in which the values of all cohorts are drawn."
+    parts = [part for values in cohorts.values() for (kind, _), part in values.items() if kind == meaning]
+    return window(meaning.name, meaning.unit, float(np.percentile(np.concatenate(parts), 99.5)))
+
+def _density_lines(ax, values, meaning, bins, limits, style, cohort):
     "Draw one line per structure: the density of its values."
     for name in STRUCTURES:
-        if (image_type, name) not in values: continue
-        counts, edges = np.histogram(values[image_type, name], bins, window(image_type))
+        if (meaning, name) not in values: continue
+        counts, edges = np.histogram(values[meaning, name], bins, limits)
         if not counts.any(): continue  # no value lies in the window
         density = counts/counts.sum()/np.diff(edges)
         colour = '#888888' if name == 'background' else COLOURS[name]
@@ -115,14 +120,15 @@ def value_histograms(
 ) -> Figure:
     "Draw the density of the values by type and structure."
     cohorts = {name: _values_by_structure(some) for name, some in {'': slices, **(names or {})}.items()}
-    types = list(dict.fromkeys(image_type for values in cohorts.values() for image_type, _ in values))
+    types = list(dict.fromkeys(meaning for values in cohorts.values() for meaning, _ in values))
     if not types: raise CMRError('value histograms: no slices; is the table empty after filtering?')
     fig = Picture(2.6*len(types) + 2, 2.4)
-    for ax, image_type in zip(np.atleast_1d(fig.subplots(1, len(types))), types):
+    for ax, meaning in zip(np.atleast_1d(fig.subplots(1, len(types))), types):
+        limits = _shared_window(meaning, cohorts)
         for (cohort, values), style in zip(cohorts.items(), ('-', '--', ':', '-.')):
-            _density_lines(ax, values, image_type, bins, style, cohort)
-        ax.set_title(image_type, fontsize='medium')
-        ax.set_xlabel(type_named(image_type).unit)
+            _density_lines(ax, values, meaning, bins, limits, style, cohort)
+        ax.set_title(meaning.name, fontsize='medium')
+        ax.set_xlabel(meaning.unit)
         ax.set_yticks([])
         _tidy(ax, 'left')
     lines = {line.get_label(): line for ax in fig.axes for line in ax.lines}

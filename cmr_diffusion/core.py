@@ -229,9 +229,11 @@ def choose_device(
     "The device to compute on; `CMRError` where PyTorch cannot use the one that is named."
     import torch
     if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.empty(0, device=name)
+    try:
+        if torch.empty(0, device=name).device.type == 'meta': raise RuntimeError  # has no memory
     except (RuntimeError, AssertionError):
-        raise CMRError(f'--device {name}: PyTorch cannot use it here; give cpu, or cuda where there is a GPU') from None
+        advice = 'give cpu, or cuda where there is a GPU'
+        raise CMRError(f'device {str(name)!r}: PyTorch cannot use it here; {advice}') from None
     return str(name)
 
 # %% ../nbs/00_core.ipynb #00n023

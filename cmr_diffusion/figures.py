@@ -7,7 +7,7 @@ __all__ = ['DPI', 'TEXT', 'COLOURS', 'LABEL_COLOURS', 'WINDOWS', 'Picture', 'win
            'show_slice', 'show_contours', 'image_grid', 'comparison']
 
 # %% ../nbs/01_figures.ipynb #010i00
-import io, sys
+import io, math, sys
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -53,13 +53,19 @@ _show_small()
 COLOURS = {'background': '#1b1b1b', 'myocardium': '#E69F00', 'left_ventricle': '#56B4E9', 'right_ventricle': '#CC79A7',
            'padding': '#6e6e6e'}
 LABEL_COLOURS = ListedColormap([*(COLOURS[s] for s in STRUCTURES), COLOURS['padding']])
-WINDOWS = {'T1': (0., 2200.), 'T2': (0., 250.)}  # ms; other types: 0 to 1.2 robust maxima
+WINDOWS = {'T1': (0., 2200.), 'T2': (0., 250.)}  # ms
 
 def window(
-    image_type: str  # name of the image type
+    image_type: str,  # name of the image type
+    unit: str = '',  # 'ms' where the slices say so; '': the unit of the type
+    largest: float = math.nan  # about the largest value to be shown, for a type in ms that has no window of its own
 ) -> tuple[float, float]:  # the values that are shown black and white
     "Return the grey window of an image type, in its unit (relative types: in robust maxima of the volume)."
-    return WINDOWS.get(image_type, (0., 1.2))
+    if image_type in WINDOWS: return WINDOWS[image_type]
+    if not type_named(image_type, unit).quantitative: return 0., 1.2
+    if not 0 < largest < math.inf: return WINDOWS['T1']
+    power = 10.**math.floor(math.log10(largest))
+    return 0., next(n*power for n in (1, 2, 5, 10) if n*power >= largest)
 
 # %% ../nbs/01_figures.ipynb #050010
 def _array_window(pixels):
@@ -76,11 +82,11 @@ def shown_values(
     pixels = np.asarray(getattr(image, 'pixels', image), float)
     if pixels.ndim != 2: raise CMRError(f'image of shape {pixels.shape}: a figure shows (rows, columns)')
     if not hasattr(image, 'type'): return pixels, *_array_window(pixels)
-    if not type_named(image.type).quantitative and hasattr(image, 'robust_max'):
+    unit, largest = getattr(image, 'unit', ''), float(np.percentile(pixels, 99.5))
+    if not type_named(image.type, unit).quantitative and hasattr(image, 'robust_max'):
         known = np.isfinite(image.robust_max) and image.robust_max > 0
-        top = image.robust_max if known else np.percentile(pixels, 99.5)
-        pixels = pixels/max(top, 1e-12)
-    return pixels, *window(image.type)
+        pixels = pixels/max(image.robust_max if known else largest, 1e-12)
+    return pixels, *window(image.type, unit, largest)
 
 # %% ../nbs/01_figures.ipynb #01n019
 def _outlines(ax, label_map, width):
@@ -163,7 +169,7 @@ def show_slice(
     _draw_image(axes[0], cmr_slice)
     axes[0].set_title(title, fontsize=TEXT)
     bar = fig.colorbar(axes[0].images[0], ax=axes[0], shrink=0.8, pad=0.02)
-    bar.set_label(type_named(cmr_slice.type).unit, fontsize=TEXT)
+    bar.set_label(type_named(cmr_slice.type, getattr(cmr_slice, 'unit', '')).unit, fontsize=TEXT)
     if label_map is None: return fig
     _draw_image(axes[1], cmr_slice, label_map)
     axes[1].set_title('outlines', fontsize=TEXT)

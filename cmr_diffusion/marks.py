@@ -36,8 +36,8 @@ class Kind:
     carried: bool = False  # whether files of others move into the result that replaces it, instead of being refused
 
 # %% ../nbs/00d_marks.ipynb #00cn017
-_COHORT = ('cohort.json', 'splits.csv', 'synthesis.json', '*_Mapping_/*.dcm', '*_map_*/Contours.json',
-           '*_map_*/labels.png', '*_map_*/??.dcm')
+_COHORT = ('cohort.json', 'splits.csv', 'synthesis.json', 'manifest.parquet', '*_Mapping_/*.dcm',
+           '*_map_*/Contours.json', '*_map_*/labels.png', '*_map_*/??.dcm')
 KINDS = dict(
     cache=Kind('a cache', 'cache.json', ('cache.json', 'index.npy', 'labels.bin', 'pixels.bin', 'table.parquet'),
                kept=('segmentation/*.safetensors',), edited=False),

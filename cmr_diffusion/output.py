@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAY', 'OPEN', 'this_system', 'began', 'working_name', 'is_working_name', 'is_left_over', 'sweep', 'end_with_parent',
-           'ordinary_mode', 'to_disk', 'working_folder', 'in_room', 'atomic_path', 'exchange', 'take_place',
-           'check_folder', 'progress']
+           'ordinary_mode', 'to_disk', 'working_folder', 'in_room', 'atomic_path', 'exchange', 'take_place', 'progress']
 
 # %% ../nbs/00b_output.ipynb #00bi00
 import ctypes, hashlib, itertools, os, re, shutil, socket, threading, time
@@ -147,15 +146,15 @@ def atomic_path(
     "A temporary path; the file that lies there at the end of a block replaces `path`, and nothing does after an error."
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir(): check_folder(path)
+    if path.is_dir(): raise CMRError(f'{path}: is a folder, expected the name of a file')
     if not in_room(path): sweep(path.parent)
     with working_folder(path.parent/working_name(path.name)) as folder:
         new = folder/path.name
         yield new
+        if new.is_dir(): raise CMRError(f'{path}: a folder was made, expected a file; `results.result` writes folders')
         ordinary_mode(new, folder.stat().st_mode)
         if not in_room(path): to_disk(new)
-        if new.is_dir(): take_place(new, path, folder/'old')
-        else: os.replace(new, path)
+        os.replace(new, path)
 
 # %% ../nbs/00b_output.ipynb #00bn029
 try: _C = ctypes.CDLL(None, use_errno=True)
@@ -188,16 +187,6 @@ def take_place(
         if aside.exists() and not place.exists(): os.rename(aside, place)
         raise
     return aside
-
-# %% ../nbs/00b_output.ipynb #00bn034
-def check_folder(
-    folder: Path,  # that would be replaced
-) -> None:
-    "Raise `CMRError` unless a folder is empty or holds a result of this package."
-    ours = ('.cmr_diffusion.json', 'cache.json', 'cohort.json', 'config.json', 'report.json')
-    if os.path.ismount(folder): raise CMRError(f'{folder}: is a mount point; choose a folder in it')
-    if any(folder.iterdir()) and not any((folder/name).exists() for name in ours):
-        raise CMRError(f'{folder}: holds what was not written here, so it is not replaced; choose another folder')
 
 # %% ../nbs/00b_output.ipynb #00bn001
 def progress(

@@ -23,7 +23,7 @@ def test_help_names_every_option_and_what_it_does(place, name):
 def test_options_with_underscores_are_options_with_hyphens(place):
     for option in ('--per_mask', '--per-mask'):
         done = place.run('cmr_sample', 'r', '--masks', 'm', 'o', option, 'many')
-        assert done.returncode == 2 and "argument --per-mask: invalid int value: 'many'" in done.stderr
+        assert done.returncode == 2 and "--per-mask 'many': give a whole number from 1 to" in done.stderr
 
 
 def test_wrong_path(place, cache, trained):
@@ -72,4 +72,4 @@ def test_nothing_of_the_user_is_overwritten(place, phantom, cache, trained):
 
 
 def test_a_device_that_is_not_there(place, cache):
-    one_line(place.here('cmr_train', cache, '--steps', 1, '--device', 'abacus'), '--device abacus', 'cpu')
+    one_line(place.here('cmr_train', cache, '--steps', 1, '--device', 'abacus'), "--device 'abacus'", 'cpu')

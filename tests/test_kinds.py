@@ -1,12 +1,16 @@
 """Each kind of finding that the layouts of tables and volumes make, tried on a made-up heart in a CSV."""
-import shutil
+import ast, re, shutil
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
+import cmr_diffusion
+from cmr_diffusion.cohort.dicom_writing import write_dicom
+from cmr_diffusion.cohort.files import load_slice
 from cmr_diffusion.cohort.layouts import read_layout
 from cmr_diffusion.cohort.quality import SEVERITY, findings
 from cmr_diffusion.cohort.table import read_cohort
@@ -180,6 +184,109 @@ def windows_path(volume):
 @kind('implausible spacing', 'excluded', 'in the table')
 def negative_spacing(volume): volume.write(row_spacing=-1.5, column_spacing='inf')
 
+def dicom_map(volume, **tags):
+    "The first slice as a T1 map in a DICOM file, with a label picture, instead of the volume."
+    heart = toy_slice('T1', level=0, shape=(40, 52))
+    volume.picture()
+    write_dicom(volume.root/'im.dcm', heart, synthetic=False)
+    ds = pydicom.dcmread(volume.root/'im.dcm')
+    for keyword, value in tags.items(): setattr(ds, keyword, value)
+    ds.save_as(volume.root/'im.dcm')
+    Image.fromarray(heart.labels).save(volume.root/'lb.png')
+    volume.write(image='im.dcm', type='T1')
+    return ds, heart.labels
+
+@kind('lossy compression', 'kept', 'LossyImageCompression is 01, so values in ms differ')
+def compressed(volume): dicom_map(volume, LossyImageCompression='01')
+
+
+def item(**tags):
+    "A sequence of one item."
+    ds = pydicom.Dataset()
+    for keyword, value in tags.items(): setattr(ds, keyword, value)
+    return [ds]
+
+@pytest.mark.parametrize('enhanced', [False, True])
+def test_a_label_volume_lies_where_the_functional_groups_say(tmp_path, enhanced):
+    "An enhanced file has its place in its functional groups; there it was not looked for, and labels were not turned."
+    volume = Volume(tmp_path)
+    ds, labels = dicom_map(volume)
+    place = dict(PlaneOrientationSequence=item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+                 PlanePositionSequence=item(ImagePositionPatient=[-40, -30, 5]))
+    if enhanced:
+        for keyword in ('ImageOrientationPatient', 'ImagePositionPatient'):
+            if keyword in ds: del ds[keyword]
+        ds.PerFrameFunctionalGroupsSequence = item(**place)
+        ds.PixelSpacing = [1.5, 1.5]
+    else: ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [-40, -30, 5]
+    ds.save_as(tmp_path/'im.dcm')
+    rows_turned = np.array([[-1.5, 0, 0, 40], [0, 1.5, 0, 30 - 1.5*39], [0, 0, 8, 5], [0, 0, 0, 1]])
+
+    def read(affine):
+        nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(labels[::-1].T[..., None]), affine), tmp_path/'lb.nii')
+        volume.write(label='lb.nii', row_spacing='', column_spacing='')
+        table = read_layout(tmp_path, 'csv')
+        return table.iloc[0], set(findings(table).kind)
+    row, kinds = read(rows_turned)
+    assert kinds == {'label reoriented'} and np.array_equal(load_slice(row).labels, labels)
+    row, kinds = read(rows_turned + np.outer([1, 0, 0, 0], [0, 0, 0, 30]))
+    assert kinds == {'label at another place'} and not row.usable
+
+
+def test_slices_that_cannot_be_laid_on_the_grid(tmp_path):
+    "`prepare` gives two reasons of its own, which are findings like all others."
+    from cmr_diffusion.grid.cache import prepare
+    from cmr_diffusion.grid.geometry import Geometry
+    volume = Volume(tmp_path)
+    volume.picture()
+    (tmp_path/'cohort.csv').write_text('image,label,patient,type,row_spacing,column_spacing,split\n'
+                                       'im.nii,lb.nii,P1,cine,,,train\nim.png,lb.png,P2,cine,,,train\n')
+    Image.fromarray(np.uint8(volume.pixels[..., 1].T/3)).save(tmp_path/'im.png')  # without a spacing
+    Image.fromarray(volume.labels[..., 1].T).save(tmp_path/'lb.png')
+    table = read_cohort(tmp_path, 'csv')
+    assert table.usable.all()
+    cache = prepare(table, tmp_path/'cache', Geometry(64, (1.5, 2), 'heart'), workers=0)
+    found = findings(cache.table)
+    assert ['unknown spacing', 'excluded', 'warning'] in found[['kind', 'action', 'severity']].values.tolist()
+    big = table.copy()
+    big.loc[0, ['row_spacing', 'column_spacing']] = 9.  # 360 mm of rows on a grid of 64 pixels of 1.5 to 2 mm
+    cache = prepare(big, tmp_path/'other', Geometry(64, (1.5, 2)), workers=0)
+    found = findings(cache.table)
+    assert ['does not fit', 'excluded', 'warning'] in found[['kind', 'action', 'severity']].values.tolist()
+
+
+# Every kind has a severity, and every severity a kind that occurs
+
+# What begins like a kind, and is none
+_MESSAGES = {'label map', 'slice', 'no slice can be used for training', 'observers are numbered', 'vox_offset is 0'}
+
+def text_of(node):
+    "A text in the source, as far as it is constant at its beginning."
+    if isinstance(node, ast.JoinedStr) and node.values: node = node.values[0]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ''
+
+def kinds_in(source):
+    "The kinds of findings that a module makes."
+    tree = ast.parse(source)
+    raised = {id(n) for r in ast.walk(tree) if isinstance(r, (ast.Raise, ast.Assign)) for n in ast.walk(r)}
+    raised |= {id(r.value) for r in ast.walk(tree) if isinstance(r, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        called = isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', ''))
+        if called == 'BadData' and len(node.args) > 1: yield text_of(node.args[1])
+        if called in ('check', 'remark', 'notice', 'Remark', '_about') and node.args: yield text_of(node.args[0])
+        if called == '_drop': yield text_of(node.args[-1].elts[0])
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == 'kind':
+            either = getattr(node.value, 'body', None), getattr(node.value, 'orelse', None)
+            yield from map(text_of, (node.value, *either))
+        match = re.match(r'([a-z][\w -]*): ', text_of(node))
+        if match and (id(node) not in raised or match[1] in SEVERITY): yield match[1]
+
+def test_every_kind_has_a_severity_and_every_severity_a_kind():
+    folder = Path(cmr_diffusion.__file__).parent
+    files = [*(folder/'cohort').glob('*.py'), folder/'grid'/'cache.py']
+    made = {kind for f in files for kind in kinds_in(f.read_text())} - {''} - _MESSAGES | {'unreadable'}  # the default
+    assert made == set(SEVERITY), (made - set(SEVERITY), set(SEVERITY) - made)
+
 
 def test_inverted(tmp_path):
     found = findings(read_cohort(Path(__file__).with_name('cases')/'monochrome1_cine', 'csv'))
@@ -203,7 +310,7 @@ def test_what_a_public_layout_knows(tmp_path):
     assert 'slice order' in kinds['acdc'] and 'no entry' in kinds['mnms'], kinds
 
 
-TRIED = {case.values[0] for case in KINDS} | {'inverted', 'slice order', 'no entry'}
+TRIED = {case.values[0] for case in KINDS} | {'inverted', 'slice order', 'no entry', 'unknown spacing', 'does not fit'}
 
 
 @pytest.mark.parametrize('name, action, message, others, make', KINDS)

@@ -291,6 +291,23 @@ def test_a_time_box(cache):
     assert rates[-1] < rates[0] or checks[-1].step < 4  # a busy machine may have time for a step per epoch only
 
 
+def test_balance_gives_every_type_the_same_share(cache, tmp_path, caplog):
+    def types(balance, cache):
+        "The type of each image of an epoch."
+        config = TrainConfig('tiny', steps=30, checks=1, batch_size=2, precision='float32', balance=balance)
+        dls = config_learner(cache, config).dls
+        return [cache.spec.decode(classes.numpy())[1] for batch in dls.train for classes in batch[1]]
+    train, of_t2 = cache.table.split == 'train', cache.table.type == 'T2'
+    rare = cache.table[~(train & of_t2) | (cache.table.index == cache.table.index[train & of_t2][0])]
+    few = prepare(rare, tmp_path/'few', cache.geometry)
+    share = 1 / len(few.rows('train'))
+    assert len(few.rows('train', 'T2')) == 1 and types(False, few).count('T2') == pytest.approx(60 * share, abs=1)
+    assert types(True, few).count('T2') == types(True, few).count('T1') == 30
+    assert 'no effect' not in caplog.text
+    one = prepare(cache.table[~of_t2], tmp_path/'one', cache.geometry)
+    assert types(True, one) == ['T1'] * 60 and 'so balance has no effect' in caplog.text
+
+
 def test_training_goes_on_from_a_checkpoint(cache):
     config = TrainConfig('tiny', steps=6, checks=1, batch_size=4, precision='float32')
     _, folder = train(cache, config, 'learner', device='cpu')

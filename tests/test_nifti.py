@@ -283,6 +283,24 @@ def colours(channels):
     return rgb
 
 
+@pytest.mark.parametrize('frames', [1, 3])
+def test_a_damaged_byte_in_a_compressed_file_is_noticed(tmp_path, frames):
+    "nibabel stops before the checksum, so that other voxels were read without a word."
+    rng = np.random.default_rng(0)
+    voxels = np.stack([IMAGE]*frames, -1).astype(np.int16)[..., :frames]
+    save(tmp_path/'im.nii.gz', voxels + rng.integers(0, 9, voxels.shape).astype(np.int16))
+    save(tmp_path/'lb.nii', LABELS)
+    line = dict(image='im.nii.gz') | (dict(frame=frames - 1) if frames > 1 else {})
+    assert cohort(tmp_path, line)[0].usable.all()
+    whole, unnoticed = (tmp_path/'im.nii.gz').read_bytes(), 0
+    for place in rng.integers(len(whole)//2, len(whole) - 8, 12):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        (tmp_path/'im.nii.gz').write_bytes(damaged)
+        unnoticed += set(cohort(tmp_path, line)[1].kind) != {'truncated'}
+    assert unnoticed == 0
+
+
 def test_a_strange_volume_costs_its_own_slices(tmp_path):
     "Colours, complex numbers and damage are findings; other volumes of the cohort are read."
     pair(tmp_path)

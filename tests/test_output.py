@@ -231,6 +231,17 @@ def test_a_fault_at_every_step_of_a_file_leaves_the_old_or_the_new_file(folder, 
     assert n > 3
 
 
+def test_folders_are_no_files(tmp_path):
+    "Folders are written by `result`, which knows whose they are; `atomic_path` once replaced them, too."
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'thesis.txt').write_text('years of work')
+    with pytest.raises(CMRError, match='mine: is a folder, expected the name of a file'):
+        with atomic_path(tmp_path/'mine') as new: new.mkdir()
+    with pytest.raises(CMRError, match='other: a folder was made, expected a file'):
+        with atomic_path(tmp_path/'other') as new: new.mkdir()
+    assert read(tmp_path) == {'mine/thesis.txt': 'years of work'} and len(list(tmp_path.iterdir())) == 1
+
+
 # ---- locks and left-overs
 
 HOLDS = '''import sys, time

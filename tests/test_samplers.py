@@ -1,10 +1,12 @@
 """Every sampler is compared with the scheduler of `diffusers`, with settings that make the two equal."""
+import numpy as np
 import pytest
 import torch
 
+from cmr_diffusion.core import CMRError
 from cmr_diffusion.model.ddpm import DDPMRecipe
 from cmr_diffusion.model.edm import EDMRecipe
-from cmr_diffusion.model.samplers import SeededNoise, ddim, ddpm, dpmpp_2m, heun
+from cmr_diffusion.model.samplers import SeededNoise, check_sampler, ddim, ddpm, dpmpp_2m, heun, whole_seeds
 
 diffusers = pytest.importorskip('diffusers', reason='the oracle of the samplers comes with the dev extra')
 SHAPE = (1, 1, 16, 16)
@@ -105,3 +107,16 @@ def test_order_of_convergence_on_a_mixture(sampler, low, high):
     errors = torch.stack([(sampler(D, x, edm.sigmas(n).double(), None) - exact).abs().mean() for n in steps])
     orders = (errors[:-1]/errors[1:]).log2()
     assert ((low < orders) & (orders < high)).all(), orders
+
+
+def test_seeds_are_whole_numbers_of_any_library():
+    "A fraction was cut off, so that two seeds gave one image."
+    for seeds in (np.arange(2), torch.arange(2), range(2), (np.int32(0), 1)): assert whole_seeds(seeds, 2) == [0, 1]
+    for seeds in ([.5, .6], ['0', '1'], 'ab', None, 3, [0, 2**64], np.zeros(2)):
+        with pytest.raises(CMRError, match='whole number'): whole_seeds(seeds, 2)
+    with pytest.raises(CMRError, match='one seed per image'): whole_seeds([1, 2, 3], 2)
+
+
+def test_a_sampler_has_a_name():
+    for name in ('plms', '', None, [], 3):
+        with pytest.raises(CMRError, match='choose one of dpmpp_2m, heun, ddim, ddpm'): check_sampler(name)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from .hearts import right_problem, ring_problem, size_problem, wall_problem
-from .signal import heart_problem, Signal
+from .signal import bounding_box, heart_problem, Signal
 from ..core import doubtful_type, LEFT_VENTRICLE, MYOCARDIUM, STRUCTURES, type_named
 
 # %% ../../nbs/12b_cohort.checks.ipynb #030020
@@ -38,9 +38,12 @@ def first_problem(
     signal: Signal | None = None,  # the pixels with their marks; None: the values are not asked about
 ) -> str:  # '<kind>: <message>'; '' for a slice that can be trained on
     "Give the message of the first check that finds a problem in a slice."
+    def of_values(): return '' if signal is None or row['synthetic'] else heart_problem(signal, labels, _meaning(row))
+    nothing_left = signal is not None and signal.marks.all()
+    if nothing_left and (problem := of_values()): return problem  # says more than that the image is constant
     for kind, problem in CHECKS.items():
         if message := problem(row, pixels, labels): return f'{kind}: {message}'
-    return '' if signal is None or row['synthetic'] else heart_problem(signal, labels, _meaning(row))
+    return of_values()
 
 # %% ../../nbs/12b_cohort.checks.ipynb #12bn005
 MIN_SPACING, MAX_SPACING = .2, 10.  # mm: what a pixel of a heart image can measure
@@ -62,7 +65,7 @@ def present(
     labels: np.ndarray,  # (rows, columns) uint8, numbers of `STRUCTURES`
 ) -> list[int]:  # in ascending order
     "List the structures that a label map shows, background included."
-    return np.flatnonzero(np.bincount(labels.ravel(), minlength=len(STRUCTURES))).tolist()
+    return [number for number in range(int(labels.max(initial=0)) + 1) if (labels == number).any()]
 
 @check('no label')
 def _no_label(row, pixels, labels):
@@ -121,22 +124,23 @@ def medians(
 ) -> tuple[float, float, float]:  # in the unit of the pixels
     "Give the median of the wall, of the cavity, and of what surrounds the left ventricle."
     spacing = spacing if all(map(math.isfinite, spacing)) else (1., 1.)
-    left = np.isin(labels, (MYOCARDIUM, LEFT_VENTRICLE))
-    ends = zip(np.argwhere(left).min(0), np.argwhere(left).max(0), (int(BAND/mm) + 1 for mm in spacing))
-    box = tuple(slice(max(low - margin, 0), high + margin + 1) for low, high, margin in ends)
+    left = (labels == MYOCARDIUM) | (labels == LEFT_VENTRICLE)
+    box = bounding_box(left, tuple(int(BAND/mm) + 1 for mm in spacing))
     pixels, labels, away = pixels[box], labels[box], distance_transform_edt(~left[box], sampling=spacing)
-    around = (away > 0) & (away <= BAND) if (away > 0).any() else away == 0
-    return tuple(float(np.median(pixels[part])) for part in (labels == MYOCARDIUM, labels == LEFT_VENTRICLE, around))
+    band = (away > 0) & (away <= BAND) if (away > 0).any() else away == 0
+    return tuple(float(np.median(pixels[part])) for part in (labels == MYOCARDIUM, labels == LEFT_VENTRICLE, band))
 
 # %% ../../nbs/12b_cohort.checks.ipynb #12bn25
 @check('no contrast')
 def _no_contrast(row, pixels, labels):
     "Wall, cavity and surroundings have one value, within 3 %."
+    wall, cavity = (float(np.median(pixels[labels == number])) for number in (MYOCARDIUM, LEFT_VENTRICLE))
+    if row['synthetic'] or abs(wall - cavity) > EQUAL*abs(wall): return None  # without a look at the surroundings
     values = medians(pixels, labels, _spacing(row))
-    if row['synthetic'] or max(values) - min(values) > EQUAL*abs(values[0]): return None
+    if max(values) - min(values) > EQUAL*abs(wall): return None
     if not np.percentile(pixels, 99.5): return None  # a dark image, which is named as that
-    wall, cavity, around = (f'{v:.4g}' for v in values)
-    return f'wall {wall}, cavity {cavity}, around it {around}: do the labels lie on the heart?'
+    wall, cavity, outside = (f'{v:.4g}' for v in values)
+    return f'wall {wall}, cavity {cavity}, around it {outside}: do the labels lie on the heart?'
 
 # %% ../../nbs/12b_cohort.checks.ipynb #12bn28
 REMARKS = {}  # kind of finding -> function(row, pixels, labels)

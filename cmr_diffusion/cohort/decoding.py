@@ -64,7 +64,7 @@ def _matrix(dataset):
     if rows < 1 or columns < 1: raise BadData(f'matrix of {rows} x {columns} pixels')
     if frames > 1: raise BadData(f'multi-frame ({frames} frames): export it as one file per slice', 'multi-frame')
     if samples != 1: raise BadData(f'colour image ({samples} samples per pixel): export it in greyscale', 'colour')
-    colours = tag_text(dataset, 'PhotometricInterpretation')
+    colours = tag_text(dataset, 'PhotometricInterpretation').upper()
     if colours not in ('', 'MONOCHROME1', 'MONOCHROME2'): raise BadData(f'colour image ({colours[:20]})', 'colour')
     if rows*columns > MAX_PIXELS: raise BadData(f'header claims {rows} x {columns} pixels')
     return rows, columns
@@ -180,6 +180,7 @@ def _complete(dataset, repairs):
         if keyword in dataset: continue
         setattr(dataset, keyword, default)
         repairs.append(f'missing tag: {keyword} taken as {default}')
+    dataset.PhotometricInterpretation = tag_text(dataset, 'PhotometricInterpretation').upper()
     if 'HighBit' not in dataset and 'BitsStored' in dataset: dataset.HighBit = dataset.BitsStored - 1
 
 # %% ../../nbs/09_cohort.decoding.ipynb #09n031

@@ -14,6 +14,7 @@ import numpy as np
 from .contour_checks import check_contours
 from .contours import label_map, read_contours, read_text_contour
 from .dicom import dicom_image, tag_text
+from .dicom_facts import dicom_place, lossy
 from .nifti import align, is_nifti, label_plane, read_volume, volume_grid
 from .nifti_header import VolumeGrid
 from .pictures import count_pages, PICTURES, read_array, read_picture
@@ -58,16 +59,10 @@ def _plain_image(row, facts):
     return (math.nan, math.nan) if grid is None else grid.sizes[1::-1], grid
 
 # %% ../../nbs/12_cohort.files.ipynb #12n024
-def _dicom_place(tags):
-    "What a DICOM file says of its place; None where it does not say all."
-    try: place = [[float(v) for v in tags.get(name)] for name in ('ImageOrientationPatient', 'ImagePositionPatient')]
-    except Exception: return None
-    return place if [len(part) for part in place] == [6, 3] else None
-
 def _dicom_image(row, facts):
     "Spacing and tags of a DICOM file."
     image = dicom_image(row['image'], row['type'], _row_scale(row), row.get('unit', ''))
-    modality = tag_text(image.tags, 'Modality') or 'MR'
+    modality = tag_text(image.tags, 'Modality').upper() or 'MR'
     if modality != 'MR': raise BadData(f"{row['image']}: Modality is {modality[:16]!r}, expected MR", 'wrong modality')
     meaning = type_named(row['type'], image.unit)
     signal = clean(image.values, meaning, image.repairs, image.remarks, image.padding, image.stored, image.stated)
@@ -75,7 +70,10 @@ def _dicom_image(row, facts):
     facts['remarks'].extend(image.remarks)
     facts.update(unit=meaning.unit, signal=signal, uid=tag_text(image.tags, 'SOPInstanceUID'),
                  synthetic=tag_text(image.tags, 'SyntheticData') == 'YES', relative=image.stated == 'RMAX')
-    facts['place'] = _dicom_place(image.tags)
+    facts['place'] = dicom_place(image.tags)
+    if meaning.quantitative and (how := lossy(image.tags)):
+        text = f'{how}, so values in {meaning.unit} differ from those that were fitted'
+        facts['remarks'].append(f'lossy compression: {text}')
     return image.spacing
 
 # %% ../../nbs/12_cohort.files.ipynb #12n018
@@ -139,6 +137,7 @@ WHOLE = 1e-3  # how far from a whole number a label may lie, once its file's sca
 
 def _whole(labels):
     "Label numbers as integers; `BadData` where they are not whole."
+    if labels.dtype in (np.uint8, np.uint16): return labels
     if labels.dtype.kind != 'f': return labels.astype(np.int64)
     if not np.isfinite(labels).all(): raise BadData('label numbers that are not finite', 'unknown label')
     if np.abs(labels).max(initial=0) > 2**53: raise BadData(f'label numbers up to {labels.max():g}', 'unknown label')
@@ -158,8 +157,9 @@ def _occurring(whole):
     "The numbers that occur, and for each pixel the place of its number among them."
     low, span = whole.min(), int(whole.max() - whole.min())
     if span >= 2**16: return np.unique(whole, return_inverse=True)
-    occurs = np.bincount((whole - low).ravel(), minlength=span + 1) > 0
-    return np.flatnonzero(occurs) + low, (np.cumsum(occurs) - 1)[whole - low]
+    above = whole - low
+    occurs = np.bincount(above.ravel(), minlength=span + 1) > 0
+    return np.flatnonzero(occurs) + low, (np.cumsum(occurs) - 1)[above]
 
 # %% ../../nbs/12_cohort.files.ipynb #12n049
 def _translated(labels, values):

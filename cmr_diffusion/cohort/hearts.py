@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 from skimage.morphology import convex_hull_image
 
+from .signal import bounding_box
 from ..core import LEFT_VENTRICLE, MYOCARDIUM, RIGHT_VENTRICLE
 
 # %% ../../nbs/12a_cohort.hearts.ipynb #12an02
@@ -21,10 +22,11 @@ def touching(
     other: np.ndarray,  # (rows, columns) bool
 ) -> float:  # 0 to 1; 0 for an empty mask
     "Give the share of the outline of a structure that touches another one."
-    mask, other = np.pad(mask, 1), np.pad(other, 1)
-    sides = [(np.roll(mask, -step, axis), np.roll(other, -step, axis)) for axis in (0, 1) for step in (1, -1)]
-    outline = sum((mask & ~neighbour).sum() for neighbour, _ in sides)
-    return float(sum((mask & touched).sum() for _, touched in sides)/max(outline, 1))
+    outline, shared = 4*np.count_nonzero(mask), 0
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        outline -= 2*np.count_nonzero(mask[a] & mask[b])
+        shared += np.count_nonzero(mask[a] & other[b]) + np.count_nonzero(mask[b] & other[a])
+    return shared/max(outline, 1)
 
 # %% ../../nbs/12a_cohort.hearts.ipynb #12an04
 def _hull(mask):
@@ -60,8 +62,9 @@ def ring_problem(
 
 def _cut_out(labels):
     "Wall, cavity and right ventricle as masks (r, c), cut out of the image with a margin."
-    low, high = (end(np.argwhere(labels), axis=0) for end in (np.min, np.max))
-    part = np.pad(labels[low[0]:high[0] + 1, low[1]:high[1] + 1], 1)
+    box = labels[bounding_box(labels)]
+    part = np.zeros((box.shape[0] + 2, box.shape[1] + 2), labels.dtype)
+    part[1:-1, 1:-1] = box
     return tuple(part == s for s in (MYOCARDIUM, LEFT_VENTRICLE, RIGHT_VENTRICLE))
 
 # %% ../../nbs/12a_cohort.hearts.ipynb #12an12
@@ -98,7 +101,7 @@ def size_problem(
 ) -> str:  # '' where the size is possible, or the spacing unknown
     "Say what is wrong where the heart is smaller or larger than hearts are."
     if not all(map(math.isfinite, spacing)): return ''
-    left = diameter(np.isin(labels, (MYOCARDIUM, LEFT_VENTRICLE)), spacing)
+    left = diameter((labels == MYOCARDIUM) | (labels == LEFT_VENTRICLE), spacing)
     right = diameter(labels == RIGHT_VENTRICLE, spacing)
     doubt = 'were the labels drawn on another image, or is the spacing wrong?'
     if not MIN_HEART <= left <= MAX_HEART:
@@ -113,7 +116,7 @@ def thickness(
     spacing: tuple[float, float],  # row and column spacing, mm
 ) -> float:  # mm
     "Measure the thickness of the wall where it is thickest."
-    wall = _cut_out(labels)[0]
+    wall = np.pad(labels[bounding_box(labels == MYOCARDIUM)] == MYOCARDIUM, 1)
     return float(2*distance_transform_edt(wall, sampling=spacing).max() - math.sqrt(spacing[0]*spacing[1]))
 
 def wall_problem(

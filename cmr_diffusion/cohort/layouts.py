@@ -115,7 +115,8 @@ def _whole_numbers(line):
     "The columns of a line that are whole numbers, as far as they are filled in; `ValueError` for others."
     known = {name: number(line[name]) for name in _WHOLE if line.get(name)}
     for name, value in known.items():
-        if value != int(value) or value < 0: raise ValueError(f'{name} {line[name]!r}: expected a number from 0 on')
+        if 0 <= value < 1e9 and value == int(value): continue
+        raise ValueError(f'{name} {line[name]!r}: expected a whole number from 0 on')
     return {name: int(value) for name, value in known.items()}
 
 # %% ../../nbs/13_cohort.layouts.ipynb #130n104

@@ -6,7 +6,7 @@
 __all__ = ['SLIGHTLY', 'TOO_FAR', 'volume_grid', 'read_volume', 'is_nifti', 'frames_of', 'Alignment', 'align', 'label_plane']
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en002
-import zlib
+import io, math, os, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ import nibabel
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
-from .nifti_header import VolumeGrid, corners, grid_of, raw_header, without_offset
+from .nifti_header import VolumeGrid, corners, grid_of, inflated, raw_header, without_offset
 from ..core import BadData, one_line
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en007
@@ -35,31 +35,39 @@ def _one_line_errors(path):
 
 def _stamp(path):
     "Changes with the file."
-    stat = Path(path).stat()
+    stat = os.stat(path)
     if stat.st_size == 0: raise BadData('empty file', 'truncated')
     return stat.st_mtime_ns, stat.st_size
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en008
 @lru_cache(maxsize=256)
-def _cached_grid(path, stamp):
-    "The grid of a file."
-    return grid_of(raw_header(path))
+def _cached_header(path, stamp):
+    "The header of a file as it is stored, and its grid."
+    raw = raw_header(path)
+    return raw, grid_of(raw)
 
 def volume_grid(
     path: Path | str,  # a NIfTI file
 ) -> VolumeGrid:
     "Say what the header of a volume means; no voxel is read. Any failure is one `BadData` line."
-    with _one_line_errors(path): return _cached_grid(str(path), _stamp(path))
+    with _one_line_errors(path): return _cached_header(str(path), _stamp(path))[1]
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en010
-def _stored(path):
-    "The voxels of a file as an array that is still on disk."
+_IN_MEMORY = 2**27  # bytes that a compressed file may hold to be decompressed whole
+_content = lru_cache(maxsize=2)(lambda path, stamp, size: inflated(path, size))  # for all frames of a file
+
+def _stored(path, raw):
+    "The voxels of a file with that header, as an array that is read when it is asked for."
     volume = nibabel.load(path, mmap=False, keep_file_open=True)
-    raw = raw_header(path)
-    if not without_offset(raw): return volume.dataobj
-    slope, inter = raw.get_slope_inter()
-    offset, scaling = raw.single_vox_offset, (1. if slope is None else slope, 0. if inter is None else inter)
-    return ArrayProxy(str(path), (raw.get_data_shape(), raw.get_data_dtype(), offset, *scaling), mmap=False)
+    stored = volume.dataobj
+    if without_offset(raw):
+        slope, inter = raw.get_slope_inter()
+        offset, scaling = raw.single_vox_offset, (1. if slope is None else slope, 0. if inter is None else inter)
+        stored = ArrayProxy(str(path), (raw.get_data_shape(), raw.get_data_dtype(), offset, *scaling), mmap=False)
+    size = int(stored.offset) + math.prod(map(int, stored.shape))*stored.dtype.itemsize
+    if not str(path).lower().endswith('.gz') or size > _IN_MEMORY: return stored
+    parts = stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter
+    return ArrayProxy(io.BytesIO(_content(str(path), _stamp(path), size)), parts)
 
 def _intensities(voxels):
     "Voxels as plain numbers."
@@ -74,7 +82,8 @@ def _intensities(voxels):
 @lru_cache(maxsize=2)
 def _cached_voxels(path, stamp, frame):
     "One frame of a file as (x, y, z)."
-    grid, stored = _cached_grid(path, stamp), _stored(path)
+    raw, grid = _cached_header(path, stamp)
+    stored = _stored(path, raw)
     if grid.frames == 1: voxels = np.asanyarray(stored)
     else: voxels = stored.reshape((*stored.shape[:3], grid.frames))[..., frame]
     in_file = tuple(grid.shape[grid.axes.index(axis)] for axis in (0, 1, 2))
@@ -97,8 +106,9 @@ def read_volume(
 ) -> tuple[np.ndarray, VolumeGrid]:  # voxels (x, y, z) that cannot be written to; what the header means
     "Read a volume, from memory where it was read just before; any failure is one `BadData` line."
     with _one_line_errors(path):
-        grid = volume_grid(path)
-        return _cached_voxels(str(path), _stamp(path), _which_frame(grid, frame)), grid
+        stamp = _stamp(path)
+        grid = _cached_header(str(path), stamp)[1]
+        return _cached_voxels(str(path), stamp, _which_frame(grid, frame)), grid
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en017
 def is_nifti(
@@ -110,7 +120,7 @@ def is_nifti(
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en018
 def _labelled(path, frames):
     "The frames of a label volume that are not empty."
-    stored = _stored(path)
+    stored = _stored(path, _cached_header(str(path), _stamp(path))[0])
     stored = stored.reshape((*stored.shape[:3], frames))
     return [frame for frame in range(frames) if np.asarray(stored[..., frame]).any()]
 
@@ -224,6 +234,16 @@ def _repairs(alignment):
     return [f"label reoriented: {', '.join(done)}"] if done else []
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en068
+@lru_cache(maxsize=64)
+def _aligned(image, label, any_slice):
+    "What `align` gives for two grids, which all slices of a volume ask for."
+    alignment = _by_place(image, label, any_slice)
+    if alignment is None:
+        if not (_says_nothing(image) or _says_nothing(label)): raise _other_place(image, label)
+        return Alignment(), (), tuple(_without_place(image, label))
+    slightly = f'label slightly off: its voxels lie up to {alignment.off:.2f} voxels from those of the image'
+    return alignment, tuple(_repairs(alignment)), (slightly,) if alignment.off > SLIGHTLY else ()
+
 def align(
     image: VolumeGrid | None,  # of an image; None where it has no place
     label: VolumeGrid,  # of its label map
@@ -231,12 +251,8 @@ def align(
 ) -> tuple[Alignment, list[str], list[str]]:  # with repairs and remarks, as '<kind>: <text>'
     "Say how a label map is brought onto the grid of its image; `BadData` where it lies elsewhere."
     if image is None: return Alignment(), [], []
-    alignment = _by_place(image, label, any_slice)
-    if alignment is None:
-        if not (_says_nothing(image) or _says_nothing(label)): raise _other_place(image, label)
-        return Alignment(), [], _without_place(image, label)
-    slightly = f'label slightly off: its voxels lie up to {alignment.off:.2f} voxels from those of the image'
-    return alignment, _repairs(alignment), [slightly] if alignment.off > SLIGHTLY else []
+    alignment, repairs, remarks = _aligned(image, label, any_slice)
+    return alignment, [*repairs], [*remarks]
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en070
 def _of_label(texts):

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pydicom
+from pydantic import Field
 
 from .anatomy import label_map_of, regions
 from .dicom_writing import write_dicom
@@ -24,6 +26,7 @@ from .semmelweis_writing import fill_semmelweis
 from ..core import BACKGROUND, CMRError, RIGHT_VENTRICLE, Slice, stable_seed
 from ..output import atomic_path, end_with_parent
 from ..results import result
+from ..validation import checked
 
 # %% ../../nbs/18c_cohort.phantom.ipynb #070051
 SHIFT = 1.2  # mm, standard deviation of the shift between two acquisitions
@@ -118,10 +121,11 @@ def _write_sources(root, patient, image_type, name, seed):
         _describe_source(path, patient, image_type, time)
 
 # %% ../../nbs/18c_cohort.phantom.ipynb #18cn027
+@checked
 def make_phantom(
     out: Path | str,  # folder of the new cohort
-    patients: int = 12,  # how many
-    seed: int = 0,  # the same seed gives the same files, byte for byte
+    patients: Annotated[int, Field(ge=1, le=100_000)] = 12,  # how many
+    seed: Annotated[int, Field(ge=0)] = 0,  # the same seed gives the same files, byte for byte
     types: tuple[str, ...] = ('T1', 'T2'),  # image types
     field: float = 1.5,  # T, 1.5 or 3
     right_ventricle: bool = True,  # in the label maps
@@ -134,7 +138,7 @@ def make_phantom(
 
     Arguments:
         out: folder of the new cohort. It must be absent, empty, or a cohort that was written by this package.
-        patients: how many patients, at least 1.
+        patients: how many patients, 1 to 100000.
         seed: the same seed gives the same files, byte for byte; patient n does not depend on `patients`.
         types: image types, 'T1' and 'T2' or one of them.
         field: field strength in T, 1.5 or 3.0; it sets T1 and T2 of the tissues.
@@ -145,7 +149,6 @@ def make_phantom(
 
     Raises `CMRError` where `patients`, `types` or `field` is impossible, or `out` holds something else.
     """
-    if patients < 1: raise CMRError(f'patients={patients}: a phantom cohort has at least one patient')
     made = phantom_slices(patients, seed, types, field, right_ventricle)
     with result(out, 'phantom') as room:
         fill_semmelweis(room.path, made, synthetic=True, seed=seed)

@@ -36,8 +36,10 @@ _EXTENSIONS = '.dcm', '.ima', '.dicom'
 
 def _is_dicom(file):
     "Whether a file is a DICOM file, by its extension, or by its beginning where it has none."
-    if file.name.startswith('.') or file.name.upper() == 'DICOMDIR' or not file.is_file(): return False
-    if file.suffix.lower() in _EXTENSIONS: return True
+    if file.name.startswith('.') or file.name.upper() == 'DICOMDIR': return False
+    lost = file.is_symlink() and not file.exists()  # its row says that there is no such file
+    if file.suffix.lower() in _EXTENSIONS: return lost or file.is_file()
+    if not file.is_file(): return False
     if file.suffix and not file.suffix[1:].isdigit(): return False
     try:
         with open(file, 'rb') as f: return f.read(132)[128:] == b'DICM'

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'SIGNAL', 'EMPTY', 'PADDED', 'NOT_A_NUMBER', 'NEGATIVE', 'FAILED', 'WRAPPED', 'ISOLATED', 'Signal', 'clean',
-           'robust_maximum', 'implausible', 'heart_problem']
+           'robust_maximum', 'implausible', 'bounding_box', 'heart_problem']
 
 # %% ../../nbs/11b_cohort.signal.ipynb #11bn002
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -127,7 +127,7 @@ def robust_maximum(
     signals: list[Signal],  # the slices of one volume
 ) -> float:  # in the unit of the pixels; 0 where nothing is signal
     "Give the 99.5th percentile of what is signal in a volume."
-    values = np.concatenate([s.pixels[s.marks == SIGNAL] for s in signals])
+    values = np.concatenate([s.pixels[s.marks == SIGNAL] if s.marks.any() else s.pixels.ravel() for s in signals])
     return float(np.percentile(values, 99.5)) if values.size else 0.
 
 # %% ../../nbs/11b_cohort.signal.ipynb #11bn030
@@ -160,6 +160,7 @@ def implausible(
     stated: str = '',  # the unit as the file names it; '' where it names none
 ) -> str:  # one line; '' where nothing is wrong
     "Say whether the medians of heart, wall and blood are impossible for the type."
+    if {meaning.plausible, meaning.wall, meaning.blood} == {(0., np.inf)} and not (values < 0).any(): return ''
     medians = list(_medians(values, label_map, meaning))
     for name, median, (low, high) in medians:
         if low <= median <= high: continue
@@ -186,18 +187,35 @@ def _missing(signal, heart, meaning):
     empty = float((signal.pixels[heart] == 0).mean())
     return f'no signal: {empty:.0%} of the heart is 0' if meaning.quantitative and empty > _EMPTY else ''
 
+# %% ../../nbs/11b_cohort.signal.ipynb #11bn043
+def bounding_box(
+    mask: np.ndarray,  # (rows, columns) with at least one entry that is not 0
+    margin: tuple[int, int] = (0, 0),  # rows and columns more on each side, as far as the image goes
+) -> tuple[slice, slice]:  # rows and columns
+    "Give the bounding box of what is not 0."
+    ends = []
+    for axis, more in ((1, margin[0]), (0, margin[1])):
+        found = np.flatnonzero(mask.any(axis))
+        ends.append(slice(max(int(found[0]) - more, 0), int(found[-1]) + more + 1))
+    return tuple(ends)
+
 # %% ../../nbs/11b_cohort.signal.ipynb #11bn073
+_PLANES = 'pixels', 'values', 'marks'
+
 def heart_problem(
     signal: Signal,  # as `clean` gave it
     label_map: np.ndarray | None,  # (rows, columns) uint8, numbers of `STRUCTURES`; None: nothing is said
     meaning: ImageType,  # what the values mean
 ) -> str:  # '<kind>: <message>'; '' where nothing is wrong
     "Say what is wrong with the values of a heart: missing, or impossible for the type."
-    if label_map is None: return ''
+    if label_map is None or not label_map.any(): return ''
+    box = bounding_box(label_map)
+    signal, label_map = replace(signal, **{n: getattr(signal, n)[box] for n in _PLANES}), label_map[box]
     heart = (label_map > 0) & (label_map < len(STRUCTURES))
     if not heart.any(): return ''
     missing = _missing(signal, heart, meaning)
     if 'nan' in missing: return missing
-    measured = np.where(np.isin(signal.marks, (SIGNAL, EMPTY, FAILED)), signal.values, np.nan)
+    marks = signal.marks
+    measured = np.where((marks == SIGNAL) | (marks == EMPTY) | (marks == FAILED), signal.values, np.nan)
     message = implausible(measured, label_map, meaning, signal.stated)
     return f'implausible values: {message}' if message else missing

@@ -68,12 +68,14 @@ def _file_state(path: str) -> tuple[int, int] | None:
     except OSError: return None
     return found.st_size, found.st_mtime_ns
 
+_ABOUT = ('split', 'usable', 'reason', 'repaired', 'remarks', 'layout', 'level', 'vendor', 'centre', 'structures')
+
 def row_states(
     rows: pd.DataFrame,  # of a cohort table
 ) -> list[str]:  # one digest per row
-    "Digest what each slice is read from: its row (but for split and remarks), and the files that it names."
+    "Digest what each slice is read from: the columns that say how to read it, and the files that it names."
     files = {path: _file_state(path) for path in {*rows.image, *rows.label} - {''}}
-    read_from = [c for c in COLUMNS if c not in ('split', 'usable', 'reason', 'repaired')]
+    read_from = [c for c in COLUMNS if c not in _ABOUT]
     parts = [(tuple(r), files.get(r.image), files.get(r.label)) for r in rows[read_from].itertuples(index=False)]
     return [hashlib.blake2b(repr(part).encode(), digest_size=12).hexdigest() for part in parts]
 

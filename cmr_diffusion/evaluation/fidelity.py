@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import CMRError, GridSlices, STRUCTURES, type_named
+from ..core import CMRError, GridSlices, STRUCTURES
 from .overlap import first_split, mask_key, Part, row_names, structures_of
 from ..figures import Picture
 
@@ -116,7 +116,7 @@ def value_table(
     table = []
     for image_type, s in sorted(set(zip(f.type, f.structure))):
         own = [part[(part.type == image_type) & (part.structure == s)] for part in (r, f)]
-        names = dict(type=image_type, structure=STRUCTURES[s], unit=type_named(image_type).unit)
+        names = dict(type=image_type, structure=STRUCTURES[s], unit=transforms[image_type].meaning.unit)
         table.append(names | _compared(*own, source is not None, draws, rng))
     return pd.DataFrame(table)
 

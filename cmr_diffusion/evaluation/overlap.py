@@ -133,19 +133,23 @@ def check_training_rows(
 
 # %% ../../nbs/60_evaluation.overlap.ipynb #430005
 def check_leak(
-    train: GridSlices,  # synthetic slices that a network is to be trained on
+    synthetic: GridSlices,  # of any splits
     real: GridSlices,  # the real slices of all splits, on the same grid
 ):
-    "Raise `CMRError` where a slice is not of split train, or where its mask is that of a held-out patient."
-    check_training_rows(train.rows)
-    known = (real.rows.split == 'train').to_numpy()
-    keys = lambda label_maps: {mask_key(y) for y in label_maps}
-    forbidden = keys(real.label_maps[~known]) - keys(real.label_maps[known]) - {''}
-    leaks = [name for name, y in zip(train.rows.id, train.label_maps) if mask_key(y) in forbidden]
-    if leaks:
-        raise CMRError(f'{leaks[0]} and {len(leaks) - 1} more of {len(train)} synthetic training images are painted '
-                       'into masks of held-out patients of this cache: the cohort was painted under another split; '
-                       'paint it anew with cmr_sample --split train from this cache')
+    "Raise `CMRError` where an image shows the mask of a patient of a later split: train, then val, then test."
+    turn = dict(train=0, synthesis=0, val=1, test=2)
+    first = {}  # mask -> turn of the first split that has it; a patient without a split is held out
+    for y, split in zip(real.label_maps, real.rows.split):
+        key = mask_key(y)
+        first[key] = min(first.get(key, 2), turn.get(split, 2))
+    first[''] = 0  # an empty map is nobody's
+    used = synthetic.rows.split.map(lambda split: turn.get(split, 0))  # an image without a split may be used for all
+    early = [first.get(mask_key(y), 0) > own for y, own in zip(synthetic.label_maps, used)]
+    leaks = synthetic.rows[early]
+    if not len(leaks): return
+    raise CMRError(f'{leaks.id.iloc[0]} and {len(leaks) - 1} more of {len(synthetic)} synthetic images are called '
+                   f'{"/".join(sorted(leaks.split.unique()))} and painted into masks of held-out patients of this '
+                   'cache: the cohort was painted under another split; paint it anew with cmr_sample from this cache')
 
 # %% ../../nbs/60_evaluation.overlap.ipynb #60n056
 @dataclass(frozen=True)

@@ -9,42 +9,47 @@ __all__ = ['QUICK', 'SegConfig', 'augment', 'Segmenter', 'SegLoss', 'Batches', '
 # %% ../../nbs/61_evaluation.segmentation.ipynb #610i00
 import hashlib, json, math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from pydantic import Field
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 
-from ..core import choose_device, choose_precision, CMRError, GridSlices, PADDING, STRUCTURES
+from ..core import (
+    choose_device, choose_precision, CMRError, GridSlices, logger, one_line, PADDING, STRUCTURES)
 from .overlap import check_training_rows, structures_of
 from ..grid.loaders import DataLoaders
 from ..output import atomic_path, progress
+from ..validation import configuration, validated
 from fastai.callback.core import Callback, CancelValidException  # after grid.loaders, which filters fastai's warning
 from fastai.callback.schedule import Learner
 
 # %% ../../nbs/61_evaluation.segmentation.ipynb #400017
-@dataclass(frozen=True)
+_Channels = Annotated[int, Field(ge=1, le=4096)]
+
+@configuration
 class SegConfig:
     "A segmentation network of `segmentation_models_pytorch` and its training."
-    encoder: str = 'tu-resnet10t'  # 'tu-' and the name of a timm model
+    encoder: Annotated[str, Field(min_length=1)] = 'tu-resnet10t'  # 'tu-' and the name of a timm model
     weights: str = ''  # local file with the encoder's pretrained weights (timm state dict); '': from scratch
-    decoder: tuple[int, ...] = (128, 64, 32, 32, 16)  # channels, deepest first; their number is the encoder's depth
-    steps: int = 600  # batches in all
-    batch_size: int = 32  # images per step
-    lr: float = 2e-3  # peak of the one-cycle schedule
-    rotation: float = 20.  # degrees, each way
-    scale: float = .15  # log of the zoom, each way
-    shift: float = .06  # in half widths, each way
-    intensity: float = .25  # gain (log) and offset (network units), each way
-    noise: float = .08  # largest standard deviation, network units
-    seed: int = 0  # of the weights, the batches and the augmentation
-
-    def __post_init__(self): object.__setattr__(self, 'decoder', tuple(self.decoder))  # JSON gives a list
+    # channels, deepest first; their number is the encoder's depth
+    decoder: Annotated[tuple[_Channels, ...], Field(min_length=1, max_length=5)] = (128, 64, 32, 32, 16)
+    steps: Annotated[int, Field(ge=1, le=100_000_000)] = 600  # batches in all
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32  # images per step
+    lr: Annotated[float, Field(gt=0, le=1)] = 2e-3  # peak of the one-cycle schedule
+    rotation: Annotated[float, Field(ge=0, le=180)] = 20.  # degrees, each way
+    scale: Annotated[float, Field(ge=0, le=2)] = .15  # log of the zoom, each way
+    shift: Annotated[float, Field(ge=0, le=1)] = .06  # in half widths, each way
+    intensity: Annotated[float, Field(ge=0, le=5)] = .25  # gain (log) and offset (network units), each way
+    noise: Annotated[float, Field(ge=0, le=5)] = .08  # largest standard deviation, network units
+    seed: Annotated[int, Field(ge=0)] = 0  # of the weights, the batches and the augmentation
 
 QUICK = SegConfig(steps=150)  # for the demo: a quarter of the training
 
@@ -199,15 +204,27 @@ def save_segmentation(
         state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
         save_file(state, p, metadata=dict(config=json.dumps(asdict(model.config)), n_classes=str(model.n_classes)))
 
+_AGAIN = 'delete the file, and the network is trained again'
+
+def _about(path):
+    "The configuration and the number of structures of a network in a file."
+    with safe_open(path, 'pt') as f: about = f.metadata() or {}
+    config, classes = json.loads(about['config']) | {'weights': ''}, int(about['n_classes'])
+    if not 2 <= classes <= len(STRUCTURES): raise ValueError(f'{classes} structures')
+    return validated(SegConfig, config, path, _AGAIN), classes  # the encoder's weights are in the file
+
+# %% ../../nbs/61_evaluation.segmentation.ipynb #61n019
 def load_segmentation(
     path: Path | str,  # a file that `save_segmentation` wrote
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
 ) -> Segmenter:  # in eval mode
-    "Load the network of a file."
-    with safe_open(path, 'pt') as f: about = f.metadata()
-    config = SegConfig(**{**json.loads(about['config']), 'weights': ''})  # the encoder's weights are in the file
-    model = Segmenter(config, int(about['n_classes']))
-    model.load_state_dict(load_file(path))
+    "Load the network of a file; `CMRError` where it is damaged."
+    damaged = OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError
+    try:
+        model, weights = Segmenter(*_about(path)), load_file(path)
+        model.load_state_dict(weights)
+        if not all(w.isfinite().all() for w in weights.values()): raise ValueError('weights are no finite numbers')
+    except damaged as e: raise CMRError(f'{path}: damaged ({one_line(e)}); {_AGAIN}') from None
     return model.eval().to(choose_device(device))
 
 # %% ../../nbs/61_evaluation.segmentation.ipynb #61n018
@@ -229,5 +246,10 @@ def cached_segmentation(
     check_training_rows(slices.rows)
     if folder is None: return train_segmentation(slices, config, device, name)
     path = Path(folder)/_file_name(slices, config)
-    if not path.is_file(): save_segmentation(path, train_segmentation(slices, config, device, name))
-    return load_segmentation(path, device)
+    if path.is_file():
+        try: return load_segmentation(path, device)
+        except CMRError as e: logger.warning('%s: it is trained anew now', str(e).removesuffix(f'; {_AGAIN}'))
+    model = train_segmentation(slices, config, device, name)
+    try: save_segmentation(path, model)
+    except (CMRError, OSError) as e: logger.warning('%s: the network is not kept (%s)', path, e)
+    return model

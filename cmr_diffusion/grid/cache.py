@@ -9,10 +9,11 @@ __all__ = ['fit_problem', 'prepare']
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Annotated, Callable, Iterable, Iterator
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from ..cohort.files import load_slice
 from ..cohort.slices import fingerprint, load_slices, row_states
@@ -25,6 +26,7 @@ from .geometry import check_fit, Geometry
 from .values import ValueTransform
 from ..results import check_finished, result
 from ..rooms import hold
+from ..validation import checked
 
 # %% ../../nbs/22_grid.cache.ipynb #22n036
 def fit_problem(
@@ -114,11 +116,12 @@ def _write(folder: Path, rows: pd.DataFrame, slices: Iterator[Slice], digest: st
     write_settings(folder, CacheSettings(VERSION, digest, geometry, values, spec.types, sizes))
 
 # %% ../../nbs/22_grid.cache.ipynb #100015
+@checked
 def prepare(
     table: pd.DataFrame,  # cohort table (`read_cohort`)
     folder: Path | str,  # the cache; an older one there is replaced
     geometry: Geometry,  # of the grid
-    workers: int | None = None,  # processes that decode; None: one per core
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None,  # processes that decode; None: one per core
     load: Callable = load_slice,  # row -> Slice
     keep_paths: bool = True,  # False: the cache's table does not say where the files lie
 ) -> CohortCache:

@@ -9,13 +9,15 @@ __all__ = ['VERSION', 'AGAIN', 'write_slices', 'write_table', 'CacheSettings', '
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bi00
 import json, math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from pydantic import Field
 
 from ..cohort.rows import COLUMNS
 from ..cohort.table import check_columns
@@ -25,7 +27,7 @@ from .geometry import Geometry, GridSlice, place
 from .values import ValueTransform
 from ..output import atomic_path
 from ..results import check_finished
-from ..validation import json_of, validated
+from ..validation import configuration, json_of, validated, WrongValue
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn005
 VERSION = 2  # of the files in a cache
@@ -71,8 +73,9 @@ def write_table(
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn008
 AGAIN = 'run cmr_prepare again'  # what helps whatever is wrong with a cache
+_Size = Annotated[int, Field(ge=0)]
 
-@dataclass(frozen=True)
+@configuration
 class CacheSettings:
     "What `cache.json` holds."
     version: int  # of the files
@@ -80,11 +83,13 @@ class CacheSettings:
     geometry: Geometry  # of the grid
     values: tuple[ValueTransform, ...]  # one per image type, in the order of `spec`
     spec: tuple[tuple[str, tuple[str, ...]], ...]  # image types, each with the names of its structures
-    bytes: tuple[int, int]  # sizes of pixels.bin and labels.bin
+    bytes: tuple[_Size, _Size]  # of pixels.bin and labels.bin
 
     def __post_init__(self):
         own, known = [v.type for v in self.values], [name for name, _ in ConditionSpec(self.spec).types]
         if own != known: raise CMRError(f'values are of types {own}, spec is of types {known}; {AGAIN}')
+        odd = next((v.unit for v in self.values if v.unit not in ('', 'ms', 'rel')), None)
+        if odd: raise WrongValue('values.unit', odd, "give 'ms', 'rel' or ''")
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn000
 def write_settings(

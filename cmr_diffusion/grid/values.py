@@ -119,8 +119,10 @@ def clipped(
     self: ValueTransform,
     u: Any,  # numpy array or tensor, network units
 ) -> float:  # in [0, 1]
-    "Share of pixels that `inverse` limits to `maximum`."
-    return float((u > float(self.forward(self.maximum))).sum()) / math.prod(u.shape)
+    "Share of pixels that `inverse` limits to `maximum`, or to a `minimum` below 0."
+    beyond = u > float(self.forward(self.maximum))
+    if self.minimum < 0: beyond = beyond | (u < -1)
+    return float(beyond.sum()) / math.prod(u.shape)
 
 # %% ../../nbs/20b_grid.values.ipynb #20bn018
 @patch

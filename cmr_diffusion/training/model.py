@@ -40,12 +40,17 @@ def new_denoiser(
     recipe: str,  # 'edm' or 'paper'
     precision: str,  # 'float32' or 'bfloat16'
 ) -> Denoiser:
-    "Make a network with random weights, and its recipe."
+    "Make a network with random weights, and its recipe; raise `CMRError` where the grid does not fit the preset."
     if recipe not in RECIPES: raise CMRError(f'recipe {recipe!r}: choose one of {", ".join(RECIPES)}')
     config = sdm_config(preset, label_channels=dls.spec.channels, variance=RECIPES[recipe][1].variance)
+    size, divisor = dls.geometry.size, 2**(len(config.multipliers) - 1)
+    if size % divisor:
+        raise CMRError(f'{dls.cache.folder}: a grid of {size} pixels; the preset {preset} needs a size divisible by '
+                       f'{divisor}: prepare the cache with another --size')
     numbers = dict(sigma_data=round(sigma_data(dls), 4)) if recipe == 'edm' else {}
     return make_denoiser(recipe, SDM(config), precision, **numbers)
 
+# %% ../../nbs/40d_training.model.ipynb #40dn031
 def start_from(
     denoise: Denoiser,  # takes the weights
     init: Path | str,  # checkpoint folder or run
@@ -84,6 +89,22 @@ class SDMLearner(Learner):
     ) -> Picture:
         "Draw slices of a training batch with the outlines of their structures."
         return self.dls.show_batch(b, max_n, **options)
+
+# %% ../../nbs/40d_training.model.ipynb #40dn033
+@patch
+def fit(self: SDMLearner,
+    n_epoch: int,  # how many epochs to train
+    lr: float | None = None,  # learning rate; None: that of the learner
+    wd: float | None = None,  # weight decay; None: that of the learner
+    cbs: list | None = None,  # further callbacks
+    reset_opt: bool = False,  # begin with a new optimizer
+    start_epoch: int = 0,  # number of the first epoch
+):
+    "Train as fastai's `Learner.fit` does; a `CMRError` of a callback keeps its one line."
+    try: Learner.fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+    except CMRError as e:
+        e.args = (str(e).rpartition('\n\t')[2],)
+        raise
 
 # %% ../../nbs/40d_training.model.ipynb #40dn016
 @patch
