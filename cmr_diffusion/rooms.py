@@ -37,7 +37,9 @@ def hold(
     "For the length of a block, no other command writes a folder; `CMRError` where one does."
     lock = FileLock(_lock_file(place), timeout=1, mode=0o666, thread_local=False)
     try: lock.acquire()
-    except Timeout: refuse(place, f'is being written by another command{writer_of(place)}', 'wait for it')
+    except Timeout:
+        if not os.path.lexists(lock.lock_file): refuse(place, 'cannot be written (no file can be made there)')
+        refuse(place, f'is being written by another command{writer_of(place)}', 'wait for it')
     except OSError as e: refuse(place, f'cannot be written ({e.strerror})')
     try: yield
     finally:

@@ -66,7 +66,7 @@ def test_home_and_root_are_never_a_result(place, words, tmp_path, monkeypatch, n
     for folder in (home, home.parent, '/'):
         refused(place.here(name, *words(name, folder)), folder, 'give a folder of its own')
     if name in ('cmr_prepare', 'cmr_sample', 'cmr_check'):  # the others take '' for nothing given
-        refused(place.here(name, *words(name, '')), 'has no name')
+        refused(place.here(name, *words(name, '')), "'': it is empty; give a value")
     refused(place.here(name, *words(name, '~/out')), "begins with '~'")
     assert not list(home.glob('[!.]*')) and not (place.folder/'~').exists()  # libraries keep hidden files there
 

@@ -242,7 +242,8 @@ def test_wrong_arguments_of_a_training(cache):
 
 def test_before_the_work_begins(cache, tmp_path, monkeypatch):
     odd = prepare(cache.table, tmp_path/'odd', Geometry(18, 6.0, 'heart'))
-    refused(lambda: train(odd, short(preset='small'), device='cpu'), 'a grid of 18 pixels', 'preset small', 'divisible by')
+    too_small = short(preset='small')
+    refused(lambda: train(odd, too_small, device='cpu'), 'a grid of 18 pixels', 'preset small', 'divisible by')
     def full(*a, **options): raise CMRError('no room')
     monkeypatch.setattr(learner_chapter, 'check_result', full)
     refused(lambda: train(cache, short(), run_name='full', device='cpu'), 'no room')

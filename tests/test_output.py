@@ -278,6 +278,11 @@ def test_the_second_of_two_commands_on_one_folder_is_refused(tmp_path, name):
         clean(tmp_path)
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc, where nobody can make a file')
+def test_a_place_without_room_for_a_lock_is_not_said_to_be_in_use():
+    with pytest.raises(CMRError, match='/proc/new: cannot be written'): check_result('/proc/new', 'cohort')
+
+
 def test_readers_of_a_folder_that_is_just_being_written_are_told(tmp_path):
     place = tmp_path.resolve()/'out'
     with mounted(place, real=True), other_command(place):

@@ -75,7 +75,7 @@ def log(self: TrackingCallback,
     self.latest |= values
     if values: log_metrics(values, self.model.steps)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an028
+# %% ../../nbs/40a_training.checks.ipynb #40an039
 class DivergenceGuard(Callback):
     "Ends a training whose losses or weights are not finite, or whose losses are a hundred times those of its start."
     order, run_valid, remove_on_fetch = TrackingCallback.order + 1, False, True
@@ -98,7 +98,7 @@ class DivergenceGuard(Callback):
         if self.watching: self.check()
         self.watching = False  # a validation outside of a training ends an epoch, too
 
-# %% ../../nbs/40a_training.checks.ipynb #40an030
+# %% ../../nbs/40a_training.checks.ipynb #40an041
 @patch
 def look(self: DivergenceGuard):
     "Look at the losses since the last look, and at the weights; raise `CMRError` where one is not finite."
@@ -112,7 +112,7 @@ def look(self: DivergenceGuard):
     self.recent, self.total, self.count = [], self.total + sum(losses), self.count + len(losses)
     if losses and self.first is None: self.first = min(1., self.total / self.count)
 
-# %% ../../nbs/40a_training.checks.ipynb #40an032
+# %% ../../nbs/40a_training.checks.ipynb #40an049
 @patch
 def check(self: DivergenceGuard):
     "Compare the losses of an epoch with that of the first steps; raise `CMRError` where one is far above it."
@@ -122,7 +122,7 @@ def check(self: DivergenceGuard):
         if loss is None or loss <= self.times * first: continue
         self.end(f'the {name} loss at step {self.model.steps} is {loss:.3g}, that of the first steps was {first:.3g}')
 
-# %% ../../nbs/40a_training.checks.ipynb #40an034
+# %% ../../nbs/40a_training.checks.ipynb #40an051
 @patch
 def end(self: DivergenceGuard,
     reason: str,  # what is wrong
@@ -195,7 +195,7 @@ class ProgressBar(Callback):
     order, run_valid, bar = Recorder.order + 1, False, None
     def before_fit(self):
         layout = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}'
-        self.bar = progress(total=100, description='training', unit='%', bar_format=layout)
+        self.bar = progress(total=100, description='training', unit='%', bar_format=layout, delay=0)  # else it stays
 
     def after_batch(self):
         if self.iter % 20: return
