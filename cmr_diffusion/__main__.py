@@ -8,14 +8,17 @@ from . import __version__
 from .processes import rank, world_size
 
 COMMANDS = {  # name -> module of its function, `cmr_<name>`; it says what the command does
-    'phantom': 'cli', 'check': 'cli', 'prepare': 'cli', 'train': 'cli', 'sample': 'cli', 'evaluate': 'cli', 'demo': 'cli'}
+    'phantom': 'cli', 'check': 'cli', 'prepare': 'cli', 'train': 'cli', 'sample': 'cli', 'evaluate': 'cli',
+    'demo': 'cli', 'sync': 'cli'}
 SEVERAL = ('train', 'sample')  # these can be started in several processes
-PATIENCE = 10  # seconds in which torchrun ends this process where another one, which says why, has failed
+PATIENCE = 10  # seconds in which torchrun ends this process where the main one, which says why, has failed
+LOST = 'gloo', 'NCCL', 'Connection closed', 'Connection reset'  # words of an error where another process is gone
 
 
 def help_text():
     "What `--help` prints."
-    lines = ['usage: python -m cmr_diffusion COMMAND ...', '       torchrun --nproc-per-node N -m cmr_diffusion COMMAND ...', '']
+    lines = ['usage: python -m cmr_diffusion COMMAND ...']
+    lines += ['       torchrun --nproc-per-node N -m cmr_diffusion COMMAND ...', '']
     for name in COMMANDS: lines.append(f'  {name:<10}{" ".join((function(name).__doc__ or "").split())}')
     several = ' and '.join(SEVERAL)
     return '\n'.join([*lines, '', f'COMMAND --help lists the options of a command. torchrun is for {several}.'])
@@ -64,8 +67,11 @@ def main():
     if world_size() == 1: return call(name, words)
     if name not in SEVERAL: return wrong_call(f'{name} runs in one process, without torchrun') if number == 0 else 2
     try: return quiet_call(name, words, number) if number else call(name, words)
-    except Exception:
-        time.sleep(PATIENCE * (2 if number else 1))  # another process may have failed before: it is heard first
+    except Exception as e:
+        if number: time.sleep(PATIENCE)
+        elif any(word in str(e) for word in LOST):
+            print(f'cmr_{name}: ended, since another process has', file=sys.stderr)
+            return 1
         raise
 
 

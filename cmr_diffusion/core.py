@@ -224,15 +224,17 @@ def stable_seed(
 PRECISIONS = ('float32', 'bfloat16')
 
 def choose_device(
-    name: str | None = None,  # 'cpu', 'cuda', 'cuda:1'; None: a GPU where there is one
+    name: str | None = None,  # 'cpu', 'cuda', 'cuda:1', or 'mps' (untested); None: a GPU where there is one
 ) -> str:
     "The device to compute on; `CMRError` where PyTorch cannot use the one that is named."
     import torch
     if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())  # torchrun: each has its own
     try:
         if torch.empty(0, device=name).device.type == 'meta': raise RuntimeError  # has no memory
     except (RuntimeError, AssertionError):
-        advice = 'give cpu, or cuda where there is a GPU'
+        advice = 'give cpu, cuda where there is a GPU, or mps on a Mac'
         raise CMRError(f'device {str(name)!r}: PyTorch cannot use it here; {advice}') from None
     return str(name)
 

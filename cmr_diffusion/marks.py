@@ -8,7 +8,7 @@ __all__ = ['MARK', 'UNFINISHED', 'LOCK', 'KINDS', 'SMALL', 'Kind', 'entries', 'w
 
 # %% ../nbs/00d_marks.ipynb #00dm03
 import hashlib, json, os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,6 +45,8 @@ KINDS = dict(
                     carried=True),  # a training must not end because somebody put a note beside its weights
     cohort=Kind('a cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation')),
     phantom=Kind('a phantom cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation')),
+    resume=Kind('a resume point', 'state.json', ('state.json', 'state.safetensors'), says='facts', edited=False,
+                carried=True),
     evaluation=Kind('an evaluation', 'report.json', ('report.csv', 'report.json', 'report.txt', 'comparison.png')),
     findings=Kind('findings', 'findings.html', ('findings.csv', 'findings.html'), shared=True))
 
@@ -52,40 +54,49 @@ KINDS = dict(
 _LITTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini', 'lost+found'}
 _OURS = {MARK, UNFINISHED}
 
-def entries(
-    folder: Path,  # any folder
-) -> dict[str, os.stat_result]:  # 'Patient (1)/a.dcm' -> what the system knows of it; 'empty/' for an empty folder
-    "Files, links and empty folders below a folder, by their names in it."
-    found, folders = {}, ['']
+def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    "What `entries` gives, one folder after the other."
+    folders = ['']
     while folders:
         below = folders.pop()
-        listed = list(os.scandir(folder/below))
-        if below and not listed: found[below] = os.lstat(folder/below)
+        listed = sorted(os.scandir(folder/below), key=lambda entry: entry.name)
+        if below and not listed: yield below, os.lstat(folder/below)
         for entry in listed:
             name, is_working = below + entry.name, is_working_name(entry.name) or entry.name.endswith(LOCK)
             if is_working or entry.name in _LITTER or name in _OURS: continue
             if entry.is_dir(follow_symlinks=False): folders.append(name + '/')
-            else: found[name] = entry.stat(follow_symlinks=False)
-    return dict(sorted(found.items()))
+            else: yield name, entry.stat(follow_symlinks=False)
+
+def entries(
+    folder: Path,  # any folder
+) -> dict[str, os.stat_result]:  # 'Patient (1)/a.dcm' -> what the system knows of it; 'empty/' for an empty folder
+    "Files, links and empty folders below a folder, by their names in it."
+    return dict(sorted(_walk(folder)))
 
 # %% ../nbs/00d_marks.ipynb #00cn021
 SMALL = 2**20  # bytes; larger files are known by their size alone
 
+def _hash(content: bytes = b''): return hashlib.blake2b(content, digest_size=8)
+
 def _digest(path: Path, size: int) -> str:
     "A digest of a small file, '' for a large one."
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if size <= SMALL else ''
+    return _hash(path.read_bytes()).hexdigest() if size <= SMALL else ''
 
 def write_mark(
     folder: Path,  # with a result that is complete
     kind: str,  # a key of `KINDS`
 ) -> str:  # a digest of the result
     "Mark a result."
-    files = {name: [about.st_size, _digest(folder/name, about.st_size)] if not name.endswith('/') else []
-             for name, about in entries(folder).items()}
     about = 'A result of cmr_diffusion, which replaces this folder only while it holds nothing but these files.'
-    mark = dict(about=about, kind=kind, cmr_diffusion=__version__, files=files)
-    (folder/MARK).write_text(json.dumps(mark, indent=0))
-    return mark_of(folder)[1]
+    with open(folder/MARK, 'w') as file:
+        file.write(json.dumps(dict(about=about, kind=kind, cmr_diffusion=__version__), indent=0)[:-2] + ',\n"files": {')
+        comma = ''
+        for name, stated in _walk(folder):
+            known = [] if name.endswith('/') else [stated.st_size, _digest(folder/name, stated.st_size)]
+            file.write(f'{comma}\n{json.dumps(name)}: {json.dumps(known)}')
+            comma = ','
+        file.write('\n}\n}')
+    with open(folder/MARK, 'rb') as file: return hashlib.file_digest(file, _hash).hexdigest()
 
 # %% ../nbs/00d_marks.ipynb #00dn008
 def mark_of(
@@ -97,7 +108,7 @@ def mark_of(
     try: mark = json.loads(text)
     except ValueError: return {}, ''
     good = isinstance(mark, dict) and mark.get('kind') in KINDS and isinstance(mark.get('files'), dict)
-    return (mark, hashlib.blake2b(text, digest_size=8).hexdigest()) if good else ({}, '')
+    return (mark, _hash(text).hexdigest()) if good else ({}, '')
 
 # %% ../nbs/00d_marks.ipynb #00cn024
 @dataclass

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['DAY', 'OPEN', 'this_system', 'began', 'working_name', 'is_working_name', 'is_left_over', 'sweep', 'end_with_parent',
-           'ordinary_mode', 'to_disk', 'working_folder', 'in_room', 'atomic_path', 'exchange', 'take_place', 'progress']
+           'ordinary_mode', 'to_disk', 'working_folder', 'in_room', 'atomic_path', 'exchange', 'take_place',
+           'can_redraw', 'speaks', 'Bar', 'progress']
 
 # %% ../nbs/00b_output.ipynb #00bi00
-import ctypes, hashlib, itertools, os, re, shutil, socket, threading, time
+import ctypes, hashlib, itertools, math, os, re, shutil, socket, sys, threading, time
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from .core import CMRError
@@ -188,15 +190,88 @@ def take_place(
         raise
     return aside
 
+# %% ../nbs/00b_output.ipynb #00bn050
+def can_redraw(
+    file,  # that text is written to; None: closed
+) -> bool:
+    "Whether a line of text can be drawn again: on a terminal, and in a notebook."
+    if file is None: return False
+    return file.isatty() or type(file).__module__.startswith('ipykernel')
+
+def speaks() -> bool:
+    "Whether this process shows how far it is: no test, and the first of those that torchrun has started."
+    quiet = os.environ.get('IN_TEST') or os.environ.get('TQDM_DISABLE') or sys.stderr is None
+    return not quiet and os.environ.get('RANK') in (None, '', '0')
+
+# %% ../nbs/00b_output.ipynb #00bn053
+class Bar(tqdm):
+    "A progress bar, which writes plain lines where it cannot be drawn."
+    def __init__(self, *args,
+        every: float | None = 30.,  # least seconds between two plain lines; None: only those of `say`
+        **options  # of `tqdm`
+    ):
+        self.every, self.told = every, None  # when the last line was written, and how much was done by then
+        self.plain = not can_redraw(options.get('file') or sys.stderr)
+        super().__init__(*args, **options)
+
+    def display(self, *args, **options):
+        if not self.plain: return super().display(*args, **options)
+        if not self.disable and self.is_due(): self.tell()
+
+    def clear(self, *args, **options):
+        if not self.plain: super().clear(*args, **options)
+
+    def close(self):
+        if self.plain and not self.disable and self.every is not None and self.seconds() >= self.delay:
+            self.tell(end=True)
+        self.leave = self.leave and not self.plain  # else it ends with an empty line
+        super().close()
+
+    def say(self,
+        text: str,  # what is worth a line in a log
+    ):
+        "Write a line where there is no bar to look at."
+        if self.plain and not self.disable: print(f'{self.desc}: {text}', file=self.fp, flush=True)
+
+# %% ../nbs/00b_output.ipynb #00bn055
+@patch
+def seconds(self: Bar) -> float:
+    "Return how long the work has lasted."
+    return self.format_dict['elapsed']
+
+@patch
+def is_due(self: Bar) -> bool:
+    "Return whether it is time for the next plain line."
+    if self.every is None or self.n == self.total or self.seconds() < self.delay: return False
+    if self.told is None: return True
+    waited, more = self.seconds() - self.told[0], self.n - self.told[1]
+    return waited >= self.every and (waited >= 10 * self.every or more >= (self.total or math.inf) / 10)
+
+@patch
+def tell(self: Bar, end: bool = False):  # `end`: it is the last one
+    "Write a plain line: how much is done, how fast, and how long the rest will take."
+    seconds = self.seconds()
+    self.told, speed = (seconds, self.n), (self.n - self.initial) / max(seconds, 1e-3)
+    line = f'{self.n:.0f} of {self.total:.0f}{self.unit}' if self.total else f'{self.n:.0f}{self.unit}'
+    if end: line += f' in {self.format_interval(seconds)}'
+    elif self.total: line += f' ({100 * self.n / self.total:.0f} %)'
+    line += f', {speed:.0f}{self.unit}/s' if speed >= 10 else f', {speed:.2f}{self.unit}/s'
+    if self.total and speed and not end: line += f', {self.format_interval((self.total - self.n) / speed)} left'
+    self.say(line)
+
 # %% ../nbs/00b_output.ipynb #00bn001
 def progress(
     iterable: Iterable | None = None,  # what to go through; None: call `update` on the bar
     total: float | None = None,  # how many items, where `iterable` does not know
     description: str = '',  # shown before the bar
-    unit: str = 'item',  # what is counted
+    unit: str = 'item',  # what is counted, in the singular
+    every: float | None = 30.,  # least seconds between two plain lines; None: only those of `say`
     **options  # of `tqdm`
-) -> tqdm:
+) -> Bar:
     "A progress bar for work that lasts more than two seconds."
-    silent = bool(os.environ.get('IN_TEST'))
-    defaults = dict(total=total, desc=description, unit=unit, delay=2, leave=False, disable=silent)
-    return tqdm(iterable, **(defaults | options))
+    layout = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]'
+    defaults = dict(total=total, desc=description, unit=f' {unit}s', delay=2, leave=False, disable=not speaks())
+    plain = not can_redraw(options.get('file') or sys.stderr)
+    if plain: defaults['miniters'] = 1  # tqdm's guess of how often to look at the clock would delay a line
+    else: defaults['bar_format'] = layout
+    return Bar(iterable, every=every, **(defaults | options))

@@ -21,7 +21,7 @@ from .core import CMRError
 
 # %% ../nbs/00g_validation.ipynb #00gn001
 class WrongValue(CMRError):
-    "An argument or field with a value that is not allowed."
+    "Raised for an argument or field with a value that is not allowed."
     def __init__(self,
         field: str,  # its name in Python
         value: Any,  # what was given
@@ -32,7 +32,7 @@ class WrongValue(CMRError):
 
     @staticmethod
     def line(name: str, value: Any, allowed: str) -> str:
-        "The message, with any name for the field."
+        "Word the message, with any name for the field."
         text = repr(value)
         return f'{name} {text if len(text) < 60 else text[:56] + " ..."}: {allowed}'
 
@@ -43,7 +43,7 @@ _KINDS = {'integer': 'a whole number', 'number': 'a finite number', 'boolean': '
           'null': 'None', 'array': 'a list', 'object': 'named values'}
 
 def _range(schema: dict) -> str:
-    "The limits of a number."
+    "Put the limits of a number into words."
     limits = {name: f'{limit:g}' if isinstance(limit, float) else str(limit) for name, limit in schema.items()}
     if 'minimum' in limits and 'maximum' in limits: return f' from {limits["minimum"]} to {limits["maximum"]}'
     words = dict(minimum='of at least', exclusiveMinimum='above', maximum='up to', exclusiveMaximum='below')
@@ -69,7 +69,7 @@ def in_words(
 
 # %% ../nbs/00g_validation.ipynb #00gn008
 def _at(schema: dict, way: tuple) -> tuple[list[str], str]:
-    "The names on the way into a schema, as far as they are fields or positions, and what is allowed there."
+    "Follow a path into a schema: the names on it that are fields or positions, and what is allowed at its end."
     defined, names = schema.get('$defs', {}), []
     for step in way:
         if '$ref' in schema: schema = defined[schema['$ref'].split('/')[-1]]
@@ -83,7 +83,7 @@ def _at(schema: dict, way: tuple) -> tuple[list[str], str]:
 
 # %% ../nbs/00g_validation.ipynb #00gn009
 def _wrong(error: ValidationError, schema: dict) -> tuple[str, Any, str]:
-    "The first thing that is wrong: the field, its value, and what is allowed; no field where it is missing or unknown."
+    "Say what is wrong first: the field, its value, what is allowed; the field is '' where it is missing or unknown."
     first = error.errors()[0]
     names, allowed = _at(schema, first['loc'])
     field = '.'.join(names)
@@ -96,7 +96,7 @@ def _wrong(error: ValidationError, schema: dict) -> tuple[str, Any, str]:
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra='forbid')
 
 def _plain(value: Any) -> Any:
-    "A value of NumPy as Python's; a list as a tuple."
+    "Return a NumPy number as Python's, and a list as a tuple."
     if isinstance(value, np.generic): return value.item()
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
@@ -106,7 +106,7 @@ def _adapter(kind: type) -> TypeAdapter: return TypeAdapter(kind, config=None if
 def allowed_values(
     kind: Any,  # a type, such as `Annotated[int, Field(ge=1, le=512)]`
 ) -> str:
-    "Say what a type allows; `choices` of a command's option, which stand beside the type, are what it allows."
+    "Say what a type allows: the `choices` of a command's option where they stand beside it, else what its schema says."
     for beside in getattr(kind, '__metadata__', ()):
         if isinstance(beside, dict) and 'choices' in beside: return f'one of {", ".join(beside["choices"])}'
     return in_words(TypeAdapter(kind).json_schema())
@@ -117,7 +117,7 @@ def check_value(
     value: Any,  # what was given
     kind: Any,  # its type, such as `Annotated[int, Field(ge=1, le=512)]`
 ) -> Any:  # the value, as Python's own type
-    "The value of an argument; `WrongValue` where its type does not allow it."
+    "Return the value of an argument; raise `WrongValue` where its type does not allow it."
     adapter = _adapter(kind)
     try: return adapter.validate_python(_plain(value))
     except ValidationError: raise WrongValue(name, value, f'give {allowed_values(kind)}') from None
@@ -126,7 +126,7 @@ def check_value(
 def has_limits(
     annotation: Any,  # of an argument
 ) -> bool:
-    "Whether a type states limits; texts and dictionaries beside a type are for the parser of a command."
+    "Say whether a type states limits; texts and dictionaries beside a type are for the parser of a command."
     beside = getattr(annotation, '__metadata__', ())
     if any(not isinstance(thing, (str, dict)) for thing in beside): return True
     return any(map(has_limits, get_args(annotation)))
@@ -169,7 +169,7 @@ def configuration(
 
 # %% ../nbs/00g_validation.ipynb #00fn002
 def _strange(read: Any, understood: Any, way: str = '') -> str:
-    "The first field that is missing in what was read, or that nobody asked for; '' where there is none."
+    "Return the first field that is missing in what was read, or that no class has; '' where there is none."
     if isinstance(read, dict) and isinstance(understood, dict):
         for name in [*understood, *read]:
             if name not in read: return f'{way}{name} is missing'
@@ -185,7 +185,7 @@ def validated(
     source: Path | str,  # where it is from, for the message
     advice: str,  # what to do where it is wrong
 ) -> Any:  # of that kind
-    "The object that data stand for; `CMRError` names the first field that is wrong, missing or unknown."
+    "Make the object that data stand for; a `CMRError` names the first field that is wrong, missing or unknown."
     adapter = _adapter(kind)
     try: found = adapter.validate_json(json.dumps(data))
     except ValidationError as e:
@@ -202,7 +202,7 @@ def json_of(
     path: Path | str,  # a JSON file
     advice: str,  # what to do where it cannot be read
 ) -> Any:
-    "What a JSON file holds; `CMRError` where it cannot be read."
+    "Return what a JSON file holds; `CMRError` where it cannot be read."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as e: raise CMRError(f'{path}: cannot be read ({e.strerror}); {advice}') from None
     except (ValueError, RecursionError) as e:

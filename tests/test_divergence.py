@@ -11,7 +11,7 @@ from cmr_diffusion.figures import Picture
 from cmr_diffusion.grid.loaders import make_dataloaders
 from cmr_diffusion.toy import toy_cohort
 from cmr_diffusion.tracking import find_run, start_run
-from cmr_diffusion.training import learner as learner_chapter
+from cmr_diffusion.training import continuing, learner as learner_chapter
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -245,7 +245,7 @@ def test_before_the_work_begins(cache, tmp_path, monkeypatch):
     too_small = short(preset='small')
     refused(lambda: train(odd, too_small, device='cpu'), 'a grid of 18 pixels', 'preset small', 'divisible by')
     def full(*a, **options): raise CMRError('no room')
-    monkeypatch.setattr(learner_chapter, 'check_result', full)
+    monkeypatch.setattr(continuing, 'check_result', full)
     refused(lambda: train(cache, short(), run_name='full', device='cpu'), 'no room')
     run, _, grids = run_of('full')
     assert (run.info.status, run.data.tags['reason'], grids) == ('FAILED', 'no room', [])

@@ -20,7 +20,7 @@ WHOLE = dict(  # command: its options that take a whole number
     cmr_train='steps batch-size checks seed', cmr_sample='steps per-mask seed batch-size', cmr_evaluate='steps seed',
     cmr_demo='patients size steps seed')
 FROM_ZERO = ('seed', 'jitter', 'workers')  # whose 0 is right
-NUMBERS = dict(cmr_train='minutes learning-rate', cmr_sample='guidance', cmr_demo='minutes guidance')
+NUMBERS = dict(cmr_train='minutes learning-rate save-every', cmr_sample='guidance', cmr_demo='minutes guidance')
 RIGHT = dict(  # the words of a right call
     cmr_phantom=['new'], cmr_check=['{cohort}', '--layout', 'csv', '--out', 'new'],
     cmr_prepare=['{cohort}', 'new', '--layout', 'csv', '--size', '32', '--spacing', '3-4'],
@@ -43,13 +43,16 @@ WORDS = [  # commands, option, values, what the line names besides the option
     (('cmr_train',), 'preset', ('huge', 'TINY'), 'tiny'), (('cmr_train',), 'recipe', ('cake', 'EDM'), 'edm'),
     (('cmr_train', 'cmr_sample'), 'precision', ('float16', '32'), 'bfloat16'),
     (('cmr_train',), 'init', ('no/such', '{cache}', '{empty}'), ''),
+    (('cmr_train',), 'resume', ('no/such', '{cache}', '{empty}', '{model}'), ''),
+    (('cmr_train',), 'register', ('a/b', 'a:b', 'x@y', ' ', '"'), '--register'),
+    (('cmr_train',), 'batch-size', ('Auto', 'auto,16', '16.0'), "a whole number from 1 to 4096, or 'auto'"),
     (('cmr_sample',), 'sampler', ('euler', 'DDIM'), 'dpmpp_2m'), (('cmr_sample',), 'type', ('LGE', 'T1,T2'), ''),
     (('cmr_sample',), 'split', ('foo', 'test,foo', ',', 'test,', 'Test'), 'train, val, test'),
     (('cmr_sample',), 'masks', ('no/such', '{junk}', '{empty}', '{model}'), '')]
 EMPTY = {name: options for name, options in dict(
     cmr_check='layout out split scale pseudonymise',
     cmr_prepare='layout split type spacing crop scale pseudonymise',
-    cmr_train='preset recipe init precision device experiment run-name',
+    cmr_train='preset recipe init precision device experiment run-name resume batch-size register',
     cmr_sample='masks layout split type spacing sampler precision device', cmr_evaluate='layout out device',
     cmr_demo='out spacing device').items()}
 
@@ -83,6 +86,10 @@ def places():
         yield command, ['--no-such-option'], 'no-such-option'
         yield command, 'no words', ('new' if command == 'cmr_demo' else 'required')
         yield command, 'zero byte', 'zero byte'
+    yield 'cmr_sync', ['--no-such-option'], 'no-such-option'
+    yield 'cmr_sync', ['now'], 'now'
+    for name in ('run-name', 'experiment'):
+        yield 'cmr_train', ['{cache}', '--resume', 'some_run', f'--{name}', 'other'], f'--{name}'
     for path in ('no/such', '{junk}', '{empty}', '{image}', '{model}/config.json'):
         yield 'cmr_train', [path], path
         yield 'cmr_evaluate', [path, '{synthetic}'], path
@@ -251,7 +258,7 @@ def filled(place, words): return [word.format(**place.words) if '{' in word else
 
 def call_of(place, command, words):
     "The words of a call: a right call with a wrong option, or the words as they are."
-    right = filled(place, RIGHT[command])
+    right = filled(place, RIGHT.get(command, []))
     if words == 'no words': return [] if command != 'cmr_demo' else ['new']
     if words == 'zero byte': return ['a\0b', *right[1:]] if command != 'cmr_demo' else ['--out=a\0b']
     if isinstance(words, list) and words[0].startswith('--') and '=' in words[0] or words == ['--no-such-option']:
@@ -320,7 +327,7 @@ def test_in_a_process_of_its_own(world):
     assert not (world.folder/'new').exists()
 
 
-@pytest.mark.parametrize('command', RIGHT)
+@pytest.mark.parametrize('command', (*RIGHT, 'cmr_sync'))
 def test_version(world, command):
     from cmr_diffusion import __version__
     done = world.here(command, '--version')

@@ -6,6 +6,8 @@
 __all__ = ['dicom_place', 'lossy']
 
 # %% ../../nbs/10a_cohort.dicom_facts.ipynb #10an015
+import math
+
 from pydicom.dataset import Dataset
 
 from .decoding import tag_text
@@ -16,10 +18,10 @@ _PLACE = dict(  # tag -> sequence of the functional groups that holds it, and ho
     ImageOrientationPatient=('PlaneOrientationSequence', 6), ImagePositionPatient=('PlanePositionSequence', 3))
 
 def _numbers(tags, keyword, count):
-    "The numbers of a tag; None where it does not hold so many."
+    "Return the numbers of a tag; None where it does not hold so many finite ones."
     try: numbers = [float(value) for value in tags.get(keyword)]
     except Exception: return None  # absent, or damaged
-    return numbers if len(numbers) == count else None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 def dicom_place(
     tags: Dataset,  # of a file with one frame
@@ -32,7 +34,8 @@ def dicom_place(
     return None if None in found else found
 
 # %% ../../nbs/10a_cohort.dicom_facts.ipynb #10an024
-_LOSSY = ('JPEGBaseline8Bit', 'JPEGExtended12Bit', 'JPEGLSNearLossless', 'JPEG2000', 'HTJ2K')
+_LOSSY = ('JPEGBaseline8Bit', 'JPEGExtended12Bit', 'JPEGLSNearLossless')  # always
+_PERHAPS_LOSSY = ('JPEG2000', 'HTJ2K')
 
 def lossy(
     tags: Dataset,  # of a file
@@ -41,5 +44,6 @@ def lossy(
     said = tag_text(tags, 'LossyImageCompression')
     if said in ('01', '1'): return 'LossyImageCompression is 01'
     syntax = getattr(getattr(tags, 'file_meta', None), 'TransferSyntaxUID', None)
-    if said in ('00', '0') or syntax is None or syntax.keyword not in _LOSSY: return ''
-    return f'compressed as {syntax.name}'
+    if syntax is None: return ''
+    is_lossy = syntax.keyword in _LOSSY or (syntax.keyword in _PERHAPS_LOSSY and said not in ('00', '0'))
+    return f'compressed as {syntax.name}' if is_lossy else ''

@@ -13,8 +13,6 @@ import numpy as np
 
 from .contour_checks import check_contours
 from .contours import label_map, read_contours, read_text_contour
-from .dicom import dicom_image, tag_text
-from .dicom_facts import dicom_place, lossy
 from .nifti import align, is_nifti, label_plane, read_volume, volume_grid
 from .nifti_header import VolumeGrid
 from .pictures import count_pages, PICTURES, read_array, read_picture
@@ -61,6 +59,8 @@ def _plain_image(row, facts):
 # %% ../../nbs/12_cohort.files.ipynb #12n024
 def _dicom_image(row, facts):
     "Spacing and tags of a DICOM file."
+    from cmr_diffusion.cohort.dicom import dicom_image, tag_text  # here: a training reads its cache, and no DICOM
+    from cmr_diffusion.cohort.dicom_facts import dicom_place, lossy
     image = dicom_image(row['image'], row['type'], _row_scale(row), row.get('unit', ''))
     modality = tag_text(image.tags, 'Modality').upper() or 'MR'
     if modality != 'MR': raise BadData(f"{row['image']}: Modality is {modality[:16]!r}, expected MR", 'wrong modality')

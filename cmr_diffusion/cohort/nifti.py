@@ -13,9 +13,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-import nibabel
 import numpy as np
-from nibabel.arrayproxy import ArrayProxy
 
 from .nifti_header import VolumeGrid, corners, grid_of, inflated, raw_header, without_offset
 from ..core import BadData, one_line
@@ -58,6 +56,8 @@ _content = lru_cache(maxsize=2)(lambda path, stamp, size: inflated(path, size)) 
 
 def _stored(path, raw):
     "The voxels of a file with that header, as an array that is read when it is asked for."
+    import nibabel
+    from nibabel.arrayproxy import ArrayProxy
     volume = nibabel.load(path, mmap=False, keep_file_open=True)
     stored = volume.dataobj
     if without_offset(raw):

@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import nibabel
 import numpy as np
-from nibabel.openers import ImageOpener
 
 from ..core import BadData
 
@@ -24,6 +22,8 @@ def raw_header(
     path: Path | str,  # a NIfTI file that nibabel accepts
 ):  # a nibabel header
     "Read the header of a file as it is stored, without nibabel's repairs."
+    import nibabel
+    from nibabel.openers import ImageOpener
     header_class = type(nibabel.load(path).header)
     with ImageOpener(path) as file: return header_class.from_fileobj(file, check=False)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .dicom import dicom_dataset, tag_text
 from .files import read_image, subfolders
 from .layouts import layout
 from .rows import Remark, slice_row
@@ -193,6 +192,7 @@ class _LeftOut:
 # %% ../../nbs/15_cohort.semmelweis.ipynb #15n105
 def _patient_id(patient):
     "The ID in the header of a patient's first readable map, '' where there is none."
+    from cmr_diffusion.cohort.dicom import dicom_dataset, tag_text
     for _, maps in _map_folders(patient):
         for _, image in _images(maps):
             try: return tag_text(dicom_dataset(image), 'PatientID')

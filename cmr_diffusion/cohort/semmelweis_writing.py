@@ -16,7 +16,6 @@ import pandas as pd
 from PIL import Image
 
 from .contours import contours_of, write_contours
-from .dicom_writing import write_dicom
 from .tables import write_csv
 from ..core import CMRError, Slice
 from ..results import result
@@ -46,6 +45,7 @@ def write_slice(
         write_contours(contours, contours_of(s.labels))
         Image.fromarray(s.labels.astype(np.uint8)).save(labels)
     description = f'{s.type} map' if s.meaning.quantitative else s.type
+    from cmr_diffusion.cohort.dicom_writing import write_dicom
     write_dicom(image, s, synthetic=synthetic, seed=seed, instance=instance, series_description=description)
 
 # %% ../../nbs/14b_cohort.semmelweis_writing.ipynb #15n001

@@ -147,9 +147,10 @@ def check_leak(
     early = [first.get(mask_key(y), 0) > own for y, own in zip(synthetic.label_maps, used)]
     leaks = synthetic.rows[early]
     if not len(leaks): return
+    splits = '/'.join(sorted(leaks.split.astype(str).unique()))
     raise CMRError(f'{leaks.id.iloc[0]} and {len(leaks) - 1} more of {len(synthetic)} synthetic images are called '
-                   f'{"/".join(sorted(leaks.split.unique()))} and painted into masks of held-out patients of this '
-                   'cache: the cohort was painted under another split; paint it anew with cmr_sample from this cache')
+                   f'{splits}, but were painted into masks of held-out patients of this cache: the cohort was painted '
+                   'under another split; paint it anew with cmr_sample from this cache')
 
 # %% ../../nbs/60_evaluation.overlap.ipynb #60n056
 @dataclass(frozen=True)

@@ -55,9 +55,8 @@ def in_units(
 ) -> list[Slice]:  # N, with label maps; relative types in robust maxima
     "Return slices on the grid with their values in the unit of their type."
     def one(image, label_map, image_type):
-        transform = transforms[image_type]
-        known = dict(robust_max=1., unit=transform.unit)
-        return Slice(transform.inverse(image[0]), (np.nan, np.nan), image_type, label_map, **known)
+        known = dict(robust_max=1., unit=transforms[image_type].unit)
+        return Slice(transforms[image_type].inverse(image[0]), (np.nan, np.nan), image_type, label_map, **known)
     return [one(*each) for each in zip(slices.images, slices.label_maps, slices.rows.type)]
 
 # %% ../../nbs/66_evaluation.report.ipynb #66n038
@@ -77,7 +76,7 @@ def compare(
     seed: int = 0,  # chooses the slices
 ) -> Figure:
     "Draw label map, real image, synthetic image and outlines for some synthetic slices."
-    key = lambda slices, i: (slices.rows.type[i], mask_key(slices.label_maps[i]))
+    def key(slices, i): return slices.rows.type[i], mask_key(slices.label_maps[i])
     twins = {key(real, i): i for i in range(len(real))}
     items = []
     for i in _to_show(synthetic.rows, n, seed):
@@ -160,7 +159,7 @@ def text(self: Report) -> str:
     for name, part in self.parts.items():
         lines += ['', f'{name.capitalize()}: {part.note}']
         if part.table is not None: lines += _LINES[name](part.table)
-    if self.folder: lines += ['', f'figure {self.folder/"comparison.png"}']
+    if self.folder and self.figure is not None: lines += ['', f'figure {self.folder/"comparison.png"}']
     return '\n'.join(lines)
 
 # %% ../../nbs/66_evaluation.report.ipynb #66n048
@@ -183,7 +182,7 @@ def write(self: Report,
 
 # %% ../../nbs/66_evaluation.report.ipynb #450014
 def _checked_folder(out, root, cache):
-    "The folder of the files; `CMRError` before any network is trained where they cannot be written there."
+    "Return the folder of the files; `CMRError`, before any network is trained, where they cannot be written there."
     own = root/'evaluation'
     if out is None: out = own
     inputs = [cache.folder] if Path(out).resolve() == own.resolve() else [cache.folder, root]
@@ -199,11 +198,14 @@ def _parts(cache, real, synthetic, config, grey, seed, device):
     return parts
 
 def _check_splits(cache, real, synthetic):
-    "Refuse what would make an evaluation worthless, before any network is trained."
+    "Refuse what would make an evaluation worthless, and warn where that cannot be known."
     if not (real.rows.split == 'train').any():
         raise CMRError(f'{cache.folder}: no usable training slice, so no network can be trained to read images; '
                        'prepare a cohort with a training split')
     check_leak(synthetic, real)
+    if {mask_key(y) for y in real.label_maps} & {mask_key(y) for y in synthetic.label_maps} - {''}: return
+    logger.warning('no synthetic image shows a mask of %s (all masks are deformed, or painted at another spacing), so '
+                   'nobody can tell whether images were painted into masks of held-out patients', cache.folder)
 
 def _title(root, synthetic):
     "Say in one line what was evaluated."
@@ -227,7 +229,7 @@ def _log(report, root, run_id):
     return run.id
 
 def _keep(report, root, out, log, run_id):
-    "Write a report, then log it: what took an hour is on disk whatever becomes of the store of runs."
+    "Write a report and then log it, so that it is on disk even if it cannot be logged."
     report.run_id = run_id
     report.write(out)
     if not log: return

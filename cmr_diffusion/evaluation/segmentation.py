@@ -98,8 +98,7 @@ def _unet(config, n_classes):
     size = dict(in_channels=1, classes=n_classes, encoder_depth=len(config.decoder), decoder_channels=config.decoder)
     try: return smp.Unet(config.encoder, **size, **weights)
     except (RuntimeError, KeyError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise CMRError(f'encoder {config.encoder!r}: {reason}; give "tu-" and the name of a timm model') from e
+        raise CMRError(f'encoder {config.encoder!r}: {one_line(e)}; give "tu-" and the name of a timm model') from e
 
 # %% ../../nbs/61_evaluation.segmentation.ipynb #400022
 class Segmenter(nn.Module):
@@ -125,7 +124,7 @@ class Segmenter(nn.Module):
 
 # %% ../../nbs/61_evaluation.segmentation.ipynb #61n008
 class SegLoss(nn.Module):
-    "Cross-entropy plus soft Dice loss, without padding."
+    "The sum of cross-entropy and soft Dice loss, in which padding does not count."
     def __init__(self):
         super().__init__()
         self.dice = smp.losses.DiceLoss('multiclass', ignore_index=PADDING)
@@ -207,7 +206,7 @@ def save_segmentation(
 _AGAIN = 'delete the file, and the network is trained again'
 
 def _about(path):
-    "The configuration and the number of structures of a network in a file."
+    "Read the configuration and the number of structures of a network in a file."
     with safe_open(path, 'pt') as f: about = f.metadata() or {}
     config, classes = json.loads(about['config']) | {'weights': ''}, int(about['n_classes'])
     if not 2 <= classes <= len(STRUCTURES): raise ValueError(f'{classes} structures')
@@ -233,6 +232,7 @@ def _file_name(slices, config):
     about = np.shape(slices.images), structures_of(slices.rows), asdict(config)
     digest = hashlib.blake2b(repr(about).encode(), digest_size=8)
     for array in (slices.images, slices.label_maps): digest.update(np.ascontiguousarray(array).data)
+    if Path(config.weights).is_file(): digest.update(Path(config.weights).read_bytes())
     return f'unet_{digest.hexdigest()}.safetensors'
 
 def cached_segmentation(

@@ -33,7 +33,7 @@ def fit_problem(
     row: dict,  # of a cohort table
     geometry: Geometry,  # of the grid
 ) -> str:  # '<kind>: <message>'; '' for a slice that can be laid on the grid
-    "Why a slice cannot be laid on a grid."
+    "Say why a slice cannot be laid on a grid."
     spacing = row['row_spacing'], row['column_spacing']
     known = all(math.isfinite(mm) and mm > 0 for mm in spacing)
     try: check_fit((row['rows'], row['columns']), spacing, geometry, 'slice')
@@ -44,7 +44,7 @@ def fit_problem(
 
 # %% ../../nbs/22_grid.cache.ipynb #22n013
 def _first_reasons(table: pd.DataFrame) -> str:
-    "How often which kinds of reasons occur, and the message of the first slice of each."
+    "Count the kinds of reasons, and give the message of the first slice of each."
     kinds = table.reason.str.split(':').str[0]
     first = table.groupby(kinds, sort=False).agg(n=('id', 'size'), id=('id', 'first'), reason=('reason', 'first'))
     lines = [f'{r.n} x {r.reason} ({r.id}{" and others" if r.n > 1 else ""})' for r in first.head(3).itertuples()]
@@ -52,7 +52,7 @@ def _first_reasons(table: pd.DataFrame) -> str:
 
 # %% ../../nbs/22_grid.cache.ipynb #22n006
 def _table_that_fits(table: pd.DataFrame, geometry: Geometry) -> pd.DataFrame:
-    "The table, in which slices that cannot be laid on the grid are not usable; `CMRError` where no usable one is left."
+    "Mark slices that cannot be laid on the grid as not usable; `CMRError` where no usable one is left."
     fits = rows_that_fit(check_columns(table), lambda row: fit_problem(row, geometry))
     if not fits.usable.any():
         raise CMRError(f'the cohort has no usable slice: {_first_reasons(fits)}; check the folder and --layout')
@@ -62,7 +62,7 @@ def _table_that_fits(table: pd.DataFrame, geometry: Geometry) -> pd.DataFrame:
 
 # %% ../../nbs/22_grid.cache.ipynb #100014
 def _old_cache(folder: Path) -> CohortCache | None:
-    "The cache in a folder, if there is one that can be read."
+    "Open the cache in a folder, if there is one that can be read."
     try:
         old = CohortCache(folder)
         return old if len(old.usable) else None
@@ -70,7 +70,7 @@ def _old_cache(folder: Path) -> CohortCache | None:
 
 # %% ../../nbs/22_grid.cache.ipynb #22n007
 def _old_or_read(rows: pd.DataFrame, states: list[str], old: CohortCache | None, workers, load) -> Iterator[Slice]:
-    "Slices of all rows in order: from the old cache where it holds a row in the same state, else read."
+    "Give the slices of all rows in order: from the old cache where it holds a row in the same state, else read."
     known = {} if old is None else dict(zip(zip(old.usable.id, old.usable.state), range(len(old))))
     positions = [known.get(key, -1) for key in zip(rows.id, states)]
     read = load_slices(rows[np.equal(positions, -1)], workers, load)
@@ -78,7 +78,7 @@ def _old_or_read(rows: pd.DataFrame, states: list[str], old: CohortCache | None,
 
 # %% ../../nbs/22_grid.cache.ipynb #22n017
 def _fit_on(rows: pd.DataFrame) -> np.ndarray:  # (n,) bool
-    "The rows that the value transforms are fitted on: the training split, or all of a type that has none there."
+    "Choose the rows that value transforms are fitted on: the training split, or all of a type that has none there."
     chosen = (rows.split == 'train').to_numpy()
     for t in rows.type.unique():
         own = (rows.type == t).to_numpy()
@@ -87,7 +87,7 @@ def _fit_on(rows: pd.DataFrame) -> np.ndarray:  # (n,) bool
 
 # %% ../../nbs/22_grid.cache.ipynb #22n008
 def _note_hearts(slices: Iterable[Slice], chosen: np.ndarray, found: dict[str, list]) -> Iterator[Slice]:
-    "Pass slices on; the heart's values of the chosen ones go to `found`, by type."
+    "Pass slices on, and add the heart's values of the chosen ones to `found`, by type."
     for s, wanted in zip(slices, chosen):
         if wanted:
             scale = np.float32(1 if s.meaning.quantitative else s.robust_max)
@@ -97,7 +97,7 @@ def _note_hearts(slices: Iterable[Slice], chosen: np.ndarray, found: dict[str, l
 
 # %% ../../nbs/22_grid.cache.ipynb #22n010
 def _units(rows: pd.DataFrame) -> dict[str, str]:
-    "The unit of each image type; `CMRError` where slices of one type have different ones."
+    "Find the unit of each image type; `CMRError` where slices of one type have different ones."
     units = {t: sorted(set(own.unit)) for t, own in rows.groupby('type')}
     mixed = next((t for t, own in units.items() if len(own) > 1), None)
     if mixed:

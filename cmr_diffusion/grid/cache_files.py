@@ -103,7 +103,7 @@ def write_settings(
 def read_settings(
     folder: Path,  # of the cache
 ) -> CacheSettings:
-    "What `cache.json` says; `CMRError` where there is no cache of this version, or where a value is wrong."
+    "Read `cache.json`; `CMRError` where there is no cache of this version, or where a value is wrong."
     if not folder.is_dir(): raise CMRError(f'{folder}: no such folder; make a cache with cmr_prepare')
     path = folder/'cache.json'
     if not path.is_file(): raise CMRError(f'{folder}: not a cache (no cache.json); make one with cmr_prepare')
@@ -115,21 +115,21 @@ def read_settings(
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn010
 def _index_problem(index: np.ndarray, sizes: tuple[int, int], types: int) -> str:
-    "What is wrong with an index; '' where all slices lie within the files."
+    "Say what is wrong with an index; '' where all slices lie within the files."
     if index.dtype != _INDEX or index.ndim != 1: return 'holds something else'
-    n = index['rows'].astype('i8') * index['columns']
+    n = index['rows'].astype(float) * index['columns']  # as floats, which do not overflow
     known = np.isin(index['dtype'], (b'u2', b'f4')) & (index['type'] >= 0) & (index['type'] < types)
     known &= (index['rows'] > 0) & (index['columns'] > 0) & (index['offset'] >= 0) & (index['label_offset'] >= 0)
     known &= index['offset'] + n * np.where(index['dtype'] == b'u2', 2, 4) <= sizes[0]
     known &= index['label_offset'] + n <= sizes[1]
-    return '' if known.all() else f'holds {np.sum(~known)} slices that are nowhere in the files'
+    return '' if known.all() else f'{np.sum(~known)} of {len(index)} slices lie outside the files'
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn037
 def open_files(
     folder: Path,  # of the cache
     settings: CacheSettings,  # what its cache.json says
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # index, pixels, labels
-    "The array files of a cache, mapped into memory; `CMRError` where they are damaged."
+    "Map the array files of a cache into memory; `CMRError` where they are damaged."
     def damaged(name, why): raise CMRError(f'{folder/name}: damaged ({why}); {AGAIN}')
     for name, size in zip(('pixels.bin', 'labels.bin'), settings.bytes):
         if not (folder/name).is_file(): damaged(name, 'the file is missing')
@@ -146,7 +146,7 @@ def read_table(
     folder: Path,  # of the cache
     slices: int,  # how many it has
 ) -> pd.DataFrame:
-    "The cohort table of a cache; `CMRError` where it is damaged, or does not belong to the slices."
+    "Read the cohort table of a cache; `CMRError` where it is damaged, or does not belong to the slices."
     path = folder/'table.parquet'
     try: table = pd.read_parquet(path)
     except Exception as e: raise CMRError(f'{path}: cannot be read ({one_line(e)}); {AGAIN}') from None
@@ -214,7 +214,7 @@ def rows(
     split: str | None = None,  # train, val, test or synthesis; None: all
     image_type: str | None = None,  # name of the image type; None: all
 ) -> np.ndarray:  # (n,) int64
-    "Positions of the usable slices of a split and type."
+    "Find the positions of the usable slices of a split and type."
     chosen = np.ones(len(self), bool)
     if split is not None: chosen &= (self.usable.split == split).to_numpy()
     if image_type is not None: chosen &= (self.usable.type == image_type).to_numpy()
@@ -223,7 +223,7 @@ def rows(
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn023
 @patch
 def _mapped(self: CohortCache, i: int) -> Slice:
-    "The slice at a position without its names; pixels and labels are views of the mapped files."
+    "Return the slice at a position without its names; pixels and labels are views of the mapped files."
     if not 0 <= i < len(self): raise CMRError(f'{self.folder}: no slice at position {i}; the cache has {len(self)}')
     at = self._index[i]
     shape, name = (int(at['rows']), int(at['columns'])), self.spec.types[at['type']][0]
@@ -238,7 +238,7 @@ def slice(
     self: CohortCache,
     i: int,  # position
 ) -> Slice:  # pixels float32
-    "The slice as acquired."
+    "Return the slice as acquired."
     s, row = self._mapped(i), self.usable.iloc[i]
     pixels, labels = s.pixels.astype(np.float32), s.labels.copy()
     return Slice(pixels, s.spacing, s.type, labels, row.patient, row.slice, s.robust_max, s.unit)
@@ -250,7 +250,7 @@ def grid(
     rng: np.random.Generator | None = None,  # draws spacing and shift in training; None: nothing is drawn
     geometry: Geometry | None = None,  # None: the cache's
 ) -> GridSlice:
-    "The slice on the network's grid."
+    "Return the slice on the network's grid."
     return place(self._mapped(i), geometry or self.geometry, rng)
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn025
@@ -260,8 +260,8 @@ def sample(
     i: int,  # position
     rng: np.random.Generator | None = None,  # draws spacing and shift in training; None: nothing is drawn
     values: dict[str, ValueTransform] | None = None,  # by image type; None: the cache's
-) -> tuple[np.ndarray, np.ndarray, float]:  # image (1, S, S) float32, channel map (S, S) uint8, spacing
-    "What the network is trained on: image in network units, channel map, and spacing in mm (0 where it is unknown)."
+) -> tuple[np.ndarray, np.ndarray, float]:  # (1, S, S) float32 in network units; (S, S) uint8; mm
+    "Return what the network is trained on: image, channel map, and spacing in mm (0 where it is unknown)."
     grid_slice = self.grid(i, rng)
     image_type, spacing = grid_slice.type, grid_slice.mean_spacing
     image = (values or self.values)[image_type].forward(grid_slice.pixels)[None]

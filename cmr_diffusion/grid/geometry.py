@@ -103,6 +103,10 @@ class GridSlice:
         return math.sqrt(self.spacing[0] * self.spacing[1])
 
 # %% ../../nbs/20a_grid.geometry.ipynb #080010
+def _used(length: int, factor: float) -> int:
+    "Return how many grid pixels an axis of so many native ones takes; the only place where this is rounded."
+    return max(1, round(length / factor))
+
 def _axis_span(
     length: int,  # native pixels along the axis
     factor: float,  # grid spacing / native spacing
@@ -110,7 +114,7 @@ def _axis_span(
     centre: float | None,  # native pixel in the middle of a window; None: the axis must fit
 ) -> tuple[float, int] | None:  # native coordinate of grid pixel 0, pixels used; None where it does not fit
     "Say where the grid's pixels lie along one axis of the matrix."
-    used = max(1, round(length / factor))
+    used = _used(length, factor)
     if used <= size: return (length - 1) / 2 - factor * (used - 1) / 2, used
     if centre is None: return None
     before, after = size // 2, size - 1 - size // 2
@@ -189,7 +193,7 @@ def check_fit(
     target = geometry.spacing[0] if isinstance(geometry.spacing, tuple) else geometry.spacing
     if target == 'native': rows, columns = shape
     elif all(math.isfinite(mm) and mm > 0 for mm in spacing):
-        rows, columns = (max(1, round(n * mm / target)) for n, mm in zip(shape, spacing))
+        rows, columns = (_used(n, target / mm) for n, mm in zip(shape, spacing))
     else:
         raise CMRError(f'{name}: its pixel spacing is unknown, so it cannot be resampled to {geometry.spacing} mm; '
                        'use --spacing native')
@@ -232,7 +236,7 @@ def _centre(
     labels, shape = cmr_slice.labels, cmr_slice.pixels.shape
     heart = np.zeros(shape, bool) if labels is None else (labels > BACKGROUND) & (labels < PADDING)
     if not heart.any():
-        if all(max(1, round(n / f)) <= geometry.size for n, f in zip(shape, factors)): return None, None  # kept whole
+        if all(_used(n, f) <= geometry.size for n, f in zip(shape, factors)): return None, None  # kept whole
         raise CMRError(f'{_describe(cmr_slice)}: no structure in its label map to crop about; '
                        'leave it out, or use --crop none')
     shift = (0, 0) if rng is None or not geometry.jitter else rng.integers(-geometry.jitter, geometry.jitter + 1, 2)

@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from pydantic import Field
 from torch import Tensor
 
@@ -24,9 +24,10 @@ from ..core import CMRError, GridSlices, PADDING, choose_device, logger, stable_
 from ..figures import image_grid
 from ..cohort.slices import load_slices
 from .cache import CohortCache
-from .condition import Condition, ConditionSpec
+from .condition import Condition, ConditionSpec, recoded
 from .geometry import Geometry, GridSlice, place
 from .values import ValueTransform
+from ..processes import own_rows
 from ..validation import checked
 
 with warnings.catch_warnings():  # fastai calls torch.jit.script when it is imported, which PyTorch deprecates
@@ -89,9 +90,13 @@ class GridDataset:
         values: dict[str, ValueTransform] | None = None,  # value transforms by image type; None: the cache's
     ):
         self.cache, self.positions, self.values = cache, np.asarray(positions), values or cache.values
+        self.spec = cache.spec
 
     def __len__(self) -> int: return len(self.positions)
-    def new_empty(self) -> 'GridDataset': return type(self)(self.cache, self.positions[:0], self.values)
+    def new_empty(self) -> 'GridDataset':
+        empty = type(self)(self.cache, self.positions[:0], self.values)
+        empty.spec = self.spec
+        return empty
 
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, float]: return self.sample(int(self.positions[n]))
 
@@ -99,8 +104,10 @@ class GridDataset:
         i: int,  # position of the slice in the cache
         rng: np.random.Generator | None = None,  # draws spacing and shift; None: they are fixed
     ) -> tuple[np.ndarray, np.ndarray, float]:  # image (1, S, S), class numbers (S, S), spacing in mm
-        "Return the slice at position `i` of the cache, with the value transforms of this dataset."
-        return self.cache.sample(i, rng, self.values)
+        "Return the slice at position `i` of the cache, with the value transforms and the channels of this dataset."
+        image, classes, spacing = self.cache.sample(i, rng, self.values)
+        if self.spec != self.cache.spec: classes = recoded(self.cache.spec, self.spec)[classes]
+        return image, classes, spacing
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n025
 class TrainingStream(GridDataset):
@@ -153,6 +160,8 @@ class GridLoader(DataLoader):
     ):
         super().__init__(dataset, bs=bs, **options)
         self.steps, self.epoch = steps, 0
+        self.start = 0  # steps of the coming epoch that are skipped
+        self.share = 0, 1  # number of this process, and how many of them share each batch
 
     def new(self,
         dataset: GridDataset | None = None,  # None: that of this loader
@@ -161,7 +170,7 @@ class GridLoader(DataLoader):
     ) -> 'GridLoader':
         "Make a loader like this one, with other options."
         loader = super().new(dataset, cls, **{'steps': self.steps, **options})
-        loader.epoch = self.epoch
+        loader.epoch, loader.start = self.epoch, self.start
         return loader
 
     def first_step(self, epoch: int) -> int: return round(epoch * self.steps)
@@ -172,9 +181,14 @@ class GridLoader(DataLoader):
 
     def get_idxs(self):
         if self.steps is None: return super().get_idxs()
-        return range(self.bs * self.first_step(self.epoch), self.bs * self.first_step(self.epoch + 1))
+        steps = self.first_step(self.epoch) + self.start, self.first_step(self.epoch + 1)
+        return range(*(self.bs * step for step in steps))
 
-    def after_iter(self): self.epoch += 1
+    def create_batches(self, numbers):
+        for batch in chunked(numbers, self.bs, self.drop_last):
+            yield self.do_batch([self.do_item(n) for n in batch[own_rows(len(batch), self.share)]])
+
+    def after_iter(self): self.epoch, self.start = self.epoch + 1, 0
     def retain(self, res, b): return res
     def create_batch(self, samples) -> tuple[Tensor, Tensor, Tensor]:
         images, classes, spacing = zip(*samples)  # (1, S, S) float32, (S, S) uint8 and a number each
@@ -200,7 +214,7 @@ def decode_batch(self: GridLoader,
     images, classes, spacing = (part[:max_n].cpu().numpy() for part in batch)
     slices = []
     for image, numbers, mm in zip(images, classes, spacing):
-        label_map, image_type = self.dataset.cache.spec.decode(numbers)
+        label_map, image_type = self.dataset.spec.decode(numbers)
         transform = self.dataset.values[image_type]
         spacing_mm = (float(mm) or math.nan,) * 2
         slices.append(GridSlice(transform.inverse(image[0]), label_map, spacing_mm, image_type, unit=transform.unit))
@@ -223,7 +237,10 @@ class GridLoaders(DataLoaders):
     @property
     def cache(self) -> CohortCache: return self.train_ds.cache
     @property
-    def spec(self) -> ConditionSpec: return self.cache.spec
+    def spec(self) -> ConditionSpec: return self.train_ds.spec
+    @spec.setter
+    def spec(self, spec: ConditionSpec):
+        for loader in self.loaders: loader.dataset.spec = spec
     @property
     def geometry(self) -> Geometry: return self.cache.geometry
     @property

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'Records', 'image_digest', 'keep_image', 'missing_images', 'dealt_batches', 'shared_room', 'wait_for_all',
-           'write_manifest', 'with_sources']
+           'same_command', 'stopped_line', 'PaintingStopped', 'stoppable', 'write_manifest', 'with_sources']
 
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn002
-import hashlib, math, time
-from collections.abc import Iterable, Iterator
+import hashlib, math, os, shlex, signal, sys, threading, time
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..cohort.semmelweis_writing import slice_files, write_slice
 from ..core import CMRError, logger
 from ..grid.cache import CohortCache
 from ..grid.geometry import GridSlice, unplace
-from ..processes import from_main, is_main, rank, world_size
+from ..processes import barrier, from_main, is_main, rank, world_size
 from ..results import result
 from ..rooms import Room
 from .label_maps import mask_rows, mask_slices
@@ -146,6 +146,56 @@ def wait_for_all(
     "Wait until every process has painted its images."
     (room.folder/f'painted-{rank()}').touch()
     while not all((room.folder/f'painted-{r}').exists() for r in range(world_size())): time.sleep(.1)
+    barrier()  # the main process may now put the room in its place
+
+# %% ../../nbs/50d_synthesis.records.ipynb #50dn041
+def same_command() -> str:  # '' where no command of the package was typed
+    "Give the command that is running as it is typed."
+    name, words = Path(sys.argv[0]).stem, sys.argv[1:]
+    if not name.startswith('cmr_'): return ''
+    if world_size() == 1: return shlex.join([name, *words])
+    processes = os.environ.get('LOCAL_WORLD_SIZE') or str(world_size())
+    program = ['torchrun', '--nproc-per-node', processes, '-m', 'cmr_diffusion', name.removeprefix('cmr_')]
+    return shlex.join([*program, *words])
+
+def stopped_line(
+    out: Path | str,  # where the cohort will be
+    records: Records,  # of the images that are there
+) -> str:
+    "Say that a painting was stopped, how far it is, and how it goes on."
+    there = f'{out}: stopped; {records.count()} of {records.images} images are there'
+    command = same_command()
+    return f'{there}; go on with: {command}' if command else f'{there}, and the same call goes on'
+
+# %% ../../nbs/50d_synthesis.records.ipynb #50dn044
+class PaintingStopped(KeyboardInterrupt):
+    "A signal has ended the painting; `code` is the exit code that a command has then."
+    def __init__(self,
+        message: str,  # one line
+        number: int,  # of the signal
+    ):
+        super().__init__(message)
+        self.code = 128 + number
+
+# %% ../../nbs/50d_synthesis.records.ipynb #50dn042
+@contextmanager
+def stoppable(
+    message: Callable[[], str],  # gives the line to say
+):
+    "Within a block, SIGTERM and SIGINT raise `PaintingStopped`; in a thread other than the main one nothing changes."
+    own = os.getpid()
+
+    def stop(number, frame):
+        if os.getpid() != own: os._exit(128 + number)  # a process that was forked in the block
+        for each, handler in earlier.items(): signal.signal(each, handler)
+        raise PaintingStopped(message(), number)
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not None: earlier[number] = signal.signal(number, stop)
+    try: yield
+    finally:
+        for number, handler in earlier.items(): signal.signal(number, handler)
 
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn030
 MANIFEST = 'manifest.parquet'
@@ -170,7 +220,7 @@ def write_manifest(
         return painting | names | dict(mask=bytes(record['mask']).hex(), repetition=image.repetition,
                                        seed=int(record['seed']), clipped_share=float(record['clipped']))
     with parquet.ParquetWriter(room/MANIFEST, _SCHEMA) as writer:
-        for some in chunked(by_patient(plan), 10_000):
+        for some in chunked(by_patient(plan), 1000):
             writer.write_table(pa.Table.from_pylist([row(i) for i in some], _SCHEMA))
 
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn034

@@ -23,7 +23,7 @@ FORMAT = 1  # of synthesis.json
 
 @configuration
 class SynthesisSettings:
-    "What `synthesis.json` holds."
+    "The content of `synthesis.json`."
     format: int = FORMAT  # 0: written before there was a number
     cmr_diffusion: str = ''  # the version that wrote it
     run_id: str | None = None  # the MLflow run of the training
@@ -53,13 +53,13 @@ def write_settings(
 def read_settings(
     folder: Path | str,  # of the synthetic cohort
 ) -> SynthesisSettings | None:  # None where there is no synthesis.json: others may have made the cohort
-    "What `synthesis.json` says; `CMRError` in one line where a value of it is odd."
+    "Read `synthesis.json`; `CMRError` where it is damaged, of a newer format, or has a wrong value."
     path = Path(folder)/_FILE
     if not path.exists(): return None
     read = json_of(path, _AGAIN)
     number = read.get('format', 0) if isinstance(read, dict) else 0
     if number not in (0, FORMAT):
-        raise CMRError(f'{path}: of format {number}, but this program reads {FORMAT}; use the version that wrote it')
+        raise CMRError(f'{path}: of format {number}, this program reads 0 to {FORMAT}; use the version that wrote it')
     if number == 0 and isinstance(read, dict):
         known = {f.name for f in fields(SynthesisSettings)}
         read = asdict(SynthesisSettings(format=0)) | {name: v for name, v in read.items() if name in known}
@@ -80,9 +80,9 @@ def clipped_share(
 
 def warn_of_clipping(
     share: float,  # of the pixels of all images
-    guidance: float,  # with which they were painted
+    guidance: float,  # scale with which they were painted
 ):
-    "Say that many pixels were clipped, where they were."
+    "Warn where many pixels were clipped, and say what to do."
     if share <= MUCH_CLIPPED: return
     advice = 'paint with a lower guidance' if guidance > 1 else 'train the model for longer'
     logger.warning('%.1f %% of the painted pixels are clipped at the largest or smallest value of their type '

@@ -7,7 +7,7 @@ __all__ = ['TrackingCallback', 'DivergenceGuard', 'sample_figure', 'SampleGrid',
            'ProgressBar']
 
 # %% ../../nbs/40a_training.checks.ipynb #40an002
-import math, tempfile, time
+import math, time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,10 @@ from ..grid.loaders import evenly
 from ..model.checkpoint import Checkpoint, save_checkpoint
 from ..model.painting import paint
 from ..output import progress
-from ..tracking import CHECKPOINT, log_figure, log_folder, log_metrics, open_run
+from ..processes import is_main, world_size
+from ..tracking import (
+    CHECKPOINT, has_figure, log_figure, log_folder, log_metrics, open_run, staging_folder)
+from .callbacks import objective_of
 
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
@@ -40,7 +43,7 @@ class TrackingCallback(Callback):
 
     def after_batch(self):
         self.recent.append(self.loss.detach())
-        self.images += len(self.yb[0])
+        self.images += len(self.yb[0]) * world_size()
         if len(self.recent) == self.every: self.log_training()
 
     def after_train(self):
@@ -73,7 +76,7 @@ def log(self: TrackingCallback,
 ):
     "Log values into the run, at the number of optimizer steps; `latest` keeps the last of each."
     self.latest |= values
-    if values: log_metrics(values, self.model.steps)
+    if values: log_metrics(values, objective_of(self.learn).steps)
 
 # %% ../../nbs/40a_training.checks.ipynb #40an039
 class DivergenceGuard(Callback):
@@ -86,11 +89,12 @@ class DivergenceGuard(Callback):
 
     def before_train(self):
         self.watching = not hasattr(self.learn, 'lr_finder')  # which raises the rate until the loss explodes
-        self.recent, self.total, self.count = [], 0., 0
+        self.recent, self.recent_steps, self.total, self.count = [], [], 0., 0
         self.look()
 
     def after_batch(self):
-        self.recent.append((self.model.steps, self.loss.detach()))
+        self.recent.append(self.loss.detach())
+        self.recent_steps.append(objective_of(self.learn).steps)
         if len(self.recent) == self.every: self.look()
 
     def after_train(self): self.look()
@@ -100,16 +104,24 @@ class DivergenceGuard(Callback):
 
 # %% ../../nbs/40a_training.checks.ipynb #40an041
 @patch
-def look(self: DivergenceGuard):
-    "Look at the losses since the last look, and at the weights; raise `CMRError` where one is not finite."
-    if not self.watching: return
-    losses = torch.stack([loss for _, loss in self.recent]).tolist() if self.recent else []
-    for (step, _), loss in zip(self.recent, losses):
+def finite_losses(self: DivergenceGuard) -> list[float]:
+    "Return the losses since the last look; raise `CMRError` where one of them or a weight is not finite."
+    losses, objective = torch.stack(self.recent).tolist() if self.recent else [], objective_of(self.learn)
+    for step, loss in zip(self.recent_steps, losses):
         if not math.isfinite(loss): self.end(f'the loss of step {step} is {loss}')
-    for name, model in (('a weight', self.model.denoise), ('an averaged weight', self.model.average)):
+    for name, model in (('a weight', objective.denoise), ('an averaged weight', objective.average)):
         largest = get_total_norm(model.parameters(), math.inf)
-        if not largest.isfinite(): self.end(f'{name} is {largest.item()} after step {self.model.steps}')
-    self.recent, self.total, self.count = [], self.total + sum(losses), self.count + len(losses)
+        if not largest.isfinite(): self.end(f'{name} is {largest.item()} after step {objective.steps}')
+    return losses
+
+# %% ../../nbs/40a_training.checks.ipynb #40an027
+@patch
+def look(self: DivergenceGuard):
+    "Look at the losses since the last look, and at the weights; then the losses are part of the mean."
+    if not self.watching: return
+    losses = self.finite_losses()
+    self.recent, self.recent_steps = [], []
+    self.total, self.count = self.total + sum(losses), self.count + len(losses)
     if losses and self.first is None: self.first = min(1., self.total / self.count)
 
 # %% ../../nbs/40a_training.checks.ipynb #40an049
@@ -120,7 +132,8 @@ def check(self: DivergenceGuard):
     first = 1. if self.first is None else self.first
     for name, loss in (('training', training), ('validation', self.recorder.loss.value)):
         if loss is None or loss <= self.times * first: continue
-        self.end(f'the {name} loss at step {self.model.steps} is {loss:.3g}, that of the first steps was {first:.3g}')
+        step = objective_of(self.learn).steps
+        self.end(f'the {name} loss at step {step} is {loss:.3g}, that of the first steps was {first:.3g}')
 
 # %% ../../nbs/40a_training.checks.ipynb #40an051
 @patch
@@ -161,10 +174,12 @@ class SampleGrid(Callback):
     ): self.checkpoint, self.options = checkpoint, dict(images=images, steps=steps)
 
     def before_train(self):
-        if self.epoch == 0: self.after_epoch()
+        if self.epoch == 0 and not getattr(self.dls.train, 'start', 0): self.after_epoch()  # else it was painted before
 
     def after_epoch(self):
-        log_figure(sample_figure(self.checkpoint, self.dls.cache, **self.options), 'samples/grid', self.model.steps)
+        step = objective_of(self.learn).steps
+        if not is_main() or has_figure('samples/grid', step): return
+        log_figure(sample_figure(self.checkpoint, self.dls.cache, **self.options), 'samples/grid', step)
 
 # %% ../../nbs/40a_training.checks.ipynb #40an019
 def keep_checkpoint(
@@ -173,7 +188,7 @@ def keep_checkpoint(
     "Write the checkpoint into the open run."
     run = open_run()
     if run.folder is not None: return save_checkpoint(run.folder/CHECKPOINT, checkpoint)
-    with tempfile.TemporaryDirectory() as d: log_folder(save_checkpoint(Path(d)/CHECKPOINT, checkpoint))
+    with staging_folder() as d: log_folder(save_checkpoint(d/CHECKPOINT, checkpoint))
 
 # %% ../../nbs/40a_training.checks.ipynb #40an042
 class CheckpointWriter(Callback):
@@ -184,10 +199,10 @@ class CheckpointWriter(Callback):
     ): self.kept, self.step = checkpoint, None
 
     def after_epoch(self):
-        tracking = self.learn.tracking
-        self.kept.info |= dict(steps=self.model.steps, images=tracking.images, **tracking.latest)
-        keep_checkpoint(self.kept)
-        self.step = self.model.steps
+        tracking, step = self.learn.tracking, objective_of(self.learn).steps
+        self.kept.info |= dict(steps=step, images=tracking.images, **tracking.latest)
+        if is_main(): keep_checkpoint(self.kept)
+        self.step = step
 
 # %% ../../nbs/40a_training.checks.ipynb #40an046
 class ProgressBar(Callback):
@@ -195,13 +210,33 @@ class ProgressBar(Callback):
     order, run_valid, bar = Recorder.order + 1, False, None
     def before_fit(self):
         layout = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}'
-        self.bar = progress(total=100, description='training', unit='%', bar_format=layout, delay=0)  # else it stays
+        options = dict(unit='%', bar_format=layout, delay=0, every=None)  # with a delay, `close` would leave it there
+        self.bar, self.begun = progress(total=100, description='training', **options), time.monotonic()
 
+    def before_train(self): self.started, self.images = time.monotonic(), 0
     def after_batch(self):
+        self.images += len(self.yb[0]) * world_size()
         if self.iter % 20: return
-        self.bar.n = min(100 * self.pct_train, 100)
-        self.bar.set_postfix_str(f'loss {self.smooth_loss.item():.3f}, step {self.model.steps}')
+        self.note_speed()
+        self.bar.n, step = min(100 * self.pct_train, 100), objective_of(self.learn).steps
+        self.bar.set_postfix_str(f'loss {self.smooth_loss.item():.3f}, step {step}, {self.speed:.0f} images/s')
+
+    def note_speed(self): self.speed = self.images / (time.monotonic() - self.started)
+    def after_train(self): self.note_speed()  # before the validation
+    def after_epoch(self):
+        if self.bar is not None: self.bar.say(self.line())
 
     def after_fit(self): self.close()
     def close(self):
         if self.bar is not None: self.bar.close()
+
+# %% ../../nbs/40a_training.checks.ipynb #40an028
+@patch
+def line(self: ProgressBar) -> str:
+    "Return what is told at a check: how far the training is, its losses, its speed, and how long the rest will take."
+    share, seconds = (self.epoch + 1) / self.n_epoch, time.monotonic() - self.begun
+    names = zip(('loss', 'validation'), self.recorder.values[-1])
+    losses = ''.join(f', {name} {value:.3f}' for name, value in names if value is not None)
+    left = self.bar.format_interval(seconds * (1 - share) / share)
+    done = f'step {objective_of(self.learn).steps} ({100 * share:.0f} %)'
+    return f'{done}{losses}, {self.speed:.0f} images/s, {left} left'

@@ -1,0 +1,355 @@
+"""A cohort is the same whoever paints it, and in however many pieces: killed at random moments, stopped, by two processes."""
+import errno, json, logging, os, signal, subprocess, sys, time, tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import torch
+
+from cmr_diffusion import CMRError, Geometry, output, prepare, read_cohort, results, synthesize
+from cmr_diffusion.cohort.slices import load_slices
+from cmr_diffusion.marks import MARK
+from cmr_diffusion.model.checkpoint import Checkpoint, save_checkpoint
+from cmr_diffusion.model.edm import EDMDenoiser
+from cmr_diffusion.model.painting import paint
+from cmr_diffusion.model.sdm import SDM, sdm_config
+from cmr_diffusion.synthesis import cohort as synthesis, records as kept
+from cmr_diffusion.synthesis.label_maps import mask_grid, mask_rows
+from cmr_diffusion.synthesis.records import with_sources
+from cmr_diffusion.toy import toy_cohort
+from test_output import Faults, clean, in_child, kill
+
+SCRIPTS = Path(sys.executable).parent
+ONE_BY_ONE = dict(splits=('test',), steps=1, per_mask=2, seed=1, batch_size=1, precision='float32', device='cpu')
+
+
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch):
+    "Nothing waits for the disk, which matters after a power cut alone."
+    for module in (output, results): monkeypatch.setattr(module, 'to_disk', lambda path: None)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "A child that was forked cannot use the threads of its parent."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory): return tmp_path_factory.mktemp('synthesis').resolve()
+
+
+@pytest.fixture(scope='module')
+def cohort(work): return read_cohort(toy_cohort(work/'toy', 3, splits=('train', 'test', 'test'), shape=32), 'csv')
+
+
+@pytest.fixture(scope='module')
+def cache(work, cohort): return prepare(cohort, work/'cache', Geometry(16, 4., 'heart'), workers=0)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(cache):
+    "A network that has learned nothing."
+    torch.manual_seed(0)
+    model = SDM(sdm_config('tiny', label_channels=cache.spec.channels, hidden=8))
+    torch.nn.init.normal_(model.out.weight, std=.05)
+    return Checkpoint(EDMDenoiser(model), cache.spec, cache.values, cache.geometry, dict(run_id=None))
+
+
+@pytest.fixture(scope='module')
+def saved(work, checkpoint): return save_checkpoint(work/'checkpoint', checkpoint)
+
+
+@pytest.fixture(scope='module')
+def whole(work, checkpoint, cache):
+    "The cohort of a painting that nobody has stopped: 24 images."
+    return contents(synthesize(checkpoint, cache, work/'whole', **ONE_BY_ONE))
+
+
+def contents(folder):
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+
+
+def images(folder): return sum(1 for f in folder.rglob('*.dcm') if '.tmp' not in str(f))
+
+
+def refused(call):
+    with pytest.raises(CMRError) as found: call()
+    assert '\n' not in str(found.value)
+    return str(found.value)
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    "The seeds of all images that are painted."
+    seeds = []
+    def counting(checkpoint, grids, numbers, **options):
+        seeds.extend(numbers)
+        return paint(checkpoint, grids, numbers, **options)
+    monkeypatch.setattr(synthesis, 'paint', counting)
+    return seeds
+
+
+def after(n, action, monkeypatch):
+    "Do something instead of keeping the image that comes after n whole ones."
+    keep_image = kept.keep_image
+    def keep(room, records, *args):
+        if records.count() == n: action()
+        keep_image(room, records, *args)
+    monkeypatch.setattr(synthesis, 'keep_image', keep)
+
+
+# ---- killed
+
+def test_killed_at_random_moments(work, tmp_path, checkpoint, cache, whole, painted, caplog):
+    "Whatever step of writing a kill cuts off, the same call ends with the same bytes, and paints what was missing."
+    def paint_it(out): synthesize(checkpoint, cache, out, **ONE_BY_ONE)
+    with Faults() as faults: paint_it(tmp_path/'counted')
+    assert contents(tmp_path/'counted') == whole
+    moments, seen = np.random.default_rng(len(whole)).choice(np.arange(5, faults.count - 5), 6, replace=False), 0
+    for n in sorted(map(int, moments)):
+        out = tmp_path/f'out{n}'
+        def killed():
+            with Faults(n, kill): paint_it(out)
+        assert not in_child(killed)
+        assert not out.exists() or contents(out) == whole
+        left = [f for f in tmp_path.glob(f'.{out.name}.*.room')]
+        there = sum(np.count_nonzero(kept.Records(f/'records.bin', 24).read()['digest']) for f in left if images(f))
+        painted.clear()
+        with caplog.at_level(logging.INFO, 'cmr_diffusion'): paint_it(out)
+        assert contents(out) == whole
+        if len(left) == 1 and 0 < there < 24:
+            assert len(painted) == 24 - there and f'{there} of 24 images are there already' in caplog.text
+            seen += 1
+        clean(tmp_path)
+    assert seen >= 3, seen
+
+
+def test_killed_again_and_again(tmp_path, checkpoint, cache, painted):
+    "In batches, too: one of which a part is missing is painted as a whole, so that its pixels are the same."
+    options = ONE_BY_ONE | dict(batch_size=5)
+    expected = contents(synthesize(checkpoint, cache, tmp_path/'expected', **options))
+    def killed_after(n):
+        with pytest.MonkeyPatch.context() as patch:
+            after(n, kill, patch)
+            synthesize(checkpoint, cache, tmp_path/'out', **options)
+    for n in (1, 7, 8, 19): assert not in_child(lambda: killed_after(n)), n
+    painted.clear()
+    synthesize(checkpoint, cache, tmp_path/'out', **options)
+    assert contents(tmp_path/'out') == expected
+    assert len(painted) == 24 - 15  # the batches of 15 to 19 and of 20 to 23
+    clean(tmp_path)
+
+
+def test_files_that_are_not_as_their_record_says_are_painted_again(tmp_path, checkpoint, cache, whole, painted, monkeypatch):
+    "A power cut may take what seemed to be on the disk."
+    def stop(): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after(10, stop, patch)
+        synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)
+    files = [sorted(tmp_path.rglob(f'.out*/new/*/*/{name}'))[-1] for name in ('*.dcm', 'labels.png', 'Contours.json')]
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    files[1].write_bytes(bytes(files[1].stat().st_size))
+    files[2].unlink()
+    painted.clear()
+    assert contents(synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)) == whole
+    assert 15 <= len(painted) <= 17
+
+
+# ---- stopped
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_the_line_that_goes_on(tmp_path, checkpoint, cache, whole, painted, monkeypatch, number):
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(sys, 'argv', ['/usr/bin/cmr_sample', 'a run', '--steps', '1', 'out'])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
+        after(7, lambda: signal.raise_signal(number), patch)
+        synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)
+    assert stopped.value.code == 128 + number
+    line = f"{tmp_path}/out: stopped; 7 of 24 images are there; go on with: cmr_sample 'a run' --steps 1 out"
+    assert str(stopped.value) == line
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not (tmp_path/'out').exists()
+    painted.clear()
+    assert contents(synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)) == whole
+    assert len(painted) == 17
+
+
+def test_the_line_names_torchrun(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['cmr_sample', 'run', '--masks', 'a b', 'out'])
+    for name, value in dict(WORLD_SIZE=4, LOCAL_WORLD_SIZE=2, RANK=1).items(): monkeypatch.setenv(name, str(value))
+    assert kept.same_command() == "torchrun --nproc-per-node 2 -m cmr_diffusion sample run --masks 'a b' out"
+    monkeypatch.setattr(sys, 'argv', ['pytest'])
+    assert kept.same_command() == ''
+
+
+def test_the_command_is_stopped_and_goes_on(tmp_path, saved, cache):
+    words = [saved, '--masks', cache.folder, 'out', '--steps', 1, '--per-mask', 100, '--batch-size', 1, '--device', 'cpu']
+    command = [SCRIPTS/'cmr_sample', *map(str, words)]
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THREADS='1')
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        until = time.time() + 60
+        while images(tmp_path) < 3 and time.time() < until and process.poll() is None: time.sleep(.05)
+        process.terminate()
+        lines = process.stderr.read().strip().splitlines()
+    assert process.returncode == 143, lines
+    assert lines[-1].endswith(f"go on with: cmr_sample {' '.join(map(str, words))}") and 'of 1800 images' in lines[-1]
+    assert not (tmp_path/'out').exists() and images(tmp_path) >= 3
+
+
+def test_an_error_keeps_what_is_there_and_removes_an_empty_room(tmp_path, checkpoint, cache, whole, painted, monkeypatch):
+    def full(): raise OSError(errno.ENOSPC, 'No space left on device')
+    for n in (0, 9):
+        with monkeypatch.context() as patch:
+            after(n, full, patch)
+            said = refused(lambda: synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE))
+        assert 'make room' in said and str(tmp_path/'out') in said
+        assert (images(tmp_path), len(list(tmp_path.iterdir()))) == (n, n and 1)
+    painted.clear()
+    assert contents(synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)) == whole
+    assert len(painted) == 15
+
+
+# ---- other settings, other processes
+
+def test_other_settings_are_told_and_not_resumed(tmp_path, checkpoint, cache, cohort, whole, painted, monkeypatch, caplog):
+    def stop(): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after(5, stop, patch)
+        synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)
+    changed = [dict(steps=2), dict(seed=2), dict(guidance=1.5), dict(per_mask=1), dict(splits=None), dict(type='T1'),
+               dict(spacing=5.), dict(sampler='heun'), dict(precision='bfloat16')]
+    other = replace(checkpoint, values=checkpoint.values | dict(T1=replace(checkpoint.values['T1'], maximum=3000.)))
+    calls = [(checkpoint, cache, ONE_BY_ONE | change) for change in changed]
+    calls += [(other, cache, ONE_BY_ONE), (checkpoint, cohort, ONE_BY_ONE)]
+    texts = set()
+    def not_painted(out, inputs, text, plan):
+        texts.add(text)
+        raise InterruptedError
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, 'shared_room', not_painted)
+        same = [dict(), dict(batch_size=7), dict(device=None)]
+        for model, masks, options in [(checkpoint, cache, ONE_BY_ONE | change) for change in same] + calls:
+            with pytest.raises(InterruptedError): synthesize(model, masks, tmp_path/'out', **options)
+    assert len(texts) == 1 + len(calls)
+    painted.clear()
+    synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE | dict(seed=2))
+    assert len(painted) == 24 and 'unfinished work' in caplog.text and 'already' not in caplog.text
+    painted.clear()
+    assert contents(synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)) == whole
+    assert len(painted) == 19
+
+
+def test_a_second_painting_of_the_same_folder_is_refused(tmp_path, checkpoint, cache, monkeypatch):
+    def second():
+        def again():
+            said = refused(lambda: synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE))
+            assert 'is being written by another command' in said and 'wait for it' in said
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(synthesis, 'keep_image', kept.keep_image)
+            assert in_child(again)
+    after(2, second, monkeypatch)
+    synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)
+    assert images(tmp_path/'out') == 24
+
+
+KILLED = """
+import os, signal, sys
+from cmr_diffusion.processes import rank
+from cmr_diffusion.synthesis import cohort, records
+from cmr_diffusion.grid.cache import CohortCache
+kept = 0
+def keep(*args):
+    global kept
+    kept += 1
+    if rank() == 1 and kept == 4: os.kill(os.getpid(), signal.SIGKILL)
+    records.keep_image(*args)
+cohort.keep_image = keep
+cohort.synthesize(sys.argv[1], CohortCache(sys.argv[2]), 'out', ('test',), steps=1, per_mask=2, seed=1, batch_size=2,
+                  precision='float32', device='cpu')
+"""
+
+def test_two_processes_paint_what_one_paints(tmp_path, saved, cache, whole):
+    "One of two is killed, which ends both; then torchrun goes on with the command as a user types it."
+    (tmp_path/'killed.py').write_text(KILLED)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    torchrun = [SCRIPTS/'torchrun', '--standalone', '--nproc-per-node', '2']
+    def run(*words):
+        return subprocess.run([*torchrun, *map(str, words)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = run('killed.py', saved, cache.folder)
+    assert done.returncode != 0 and not (tmp_path/'out').exists()
+    there = images(tmp_path)
+    assert 3 <= there < 24
+    done = run('-m', 'cmr_diffusion', 'sample', saved, '--masks', cache.folder, 'out', '--split', 'test', '--steps', 1,
+               '--per-mask', 2, '--seed', 1, '--batch-size', 2, '--precision', 'float32', '--device', 'cpu')
+    assert done.returncode == 0, done.stderr
+    assert 'of 24 images are there already' in done.stderr and done.stdout.count('a synthetic cohort') == 1
+    found = contents(tmp_path/'out')
+    same_bytes = [name for name in found if not name.endswith(('.dcm', MARK))]
+    assert found.keys() == whole.keys() and all(found[name] == whole[name] for name in same_bytes if 'manifest' not in name)
+    for name in [name for name in found if name.endswith('.dcm')]:
+        one, two = (pydicom.dcmread(f) for f in (cache.folder.parent/'whole'/name, tmp_path/'out'/name))
+        assert np.abs(one.pixel_array.astype(int) - two.pixel_array.astype(int)).max() <= 1
+        for tag in ('PatientName', 'PatientID', 'StudyInstanceUID', 'SeriesInstanceUID', 'InstanceNumber'):
+            assert one[tag].value == two[tag].value
+    one, two = (pd.read_parquet(f/'manifest.parquet') for f in (cache.folder.parent/'whole', tmp_path/'out'))
+    pd.testing.assert_frame_equal(one, two, atol=.01)
+    assert (one.seed == two.seed).all()
+    clean(tmp_path)
+
+
+# ---- the manifest, and what it costs
+
+def test_the_manifest_says_how_to_paint_each_image_again(work, whole, checkpoint, cache, cohort):
+    folder = work/'whole'
+    found, rows = with_sources(folder, cache).set_index('image'), mask_rows(cache).set_index('id')
+    assert list(found) == ['patient', 'type', 'slice', 'split', 'mask', 'repetition', 'seed', 'guidance', 'steps',
+                           'sampler', 'precision', 'checkpoint', 'clipped_share', 'source']
+    assert set(found.checkpoint) == {json.loads((save_checkpoint(work/'c', checkpoint)/'config.json').read_text())['weights']}
+    assert (found.source == with_sources(folder, cohort).set_index('image').source).all()  # from the files, too
+    assert found.groupby('source').size().eq(2).all() and set(found.source) == set(rows.index[rows.split == 'test'])
+    table = read_cohort(folder)
+    assert table.usable.all() and sorted(table.image) == sorted(str(folder/image) for image in found.index)
+    for written, row in zip(load_slices(table, workers=0), table.itertuples()):
+        about = found.loc[str(Path(row.image).relative_to(folder))]
+        assert (about.patient, about.type, about['slice'], about.split) == (row.patient, row.type, row.slice, row.split)
+        assert about.split == rows.split[about.source]
+        grid = mask_grid(cache.slice(rows.position[about.source]), cache.geometry)
+        again = paint(checkpoint, [grid], [int(about.seed)], about.guidance, int(about.steps), about.sampler)[0]
+        inside = again.labels != 255
+        assert np.abs(written.pixels.ravel() - again.pixels[inside]).max() <= .11  # a step of the stored numbers
+    for name, content in whole.items(): assert b'toy00' not in content and 'toy00' not in name
+
+
+def test_without_the_image_of_the_mask_a_name_cannot_be_tested(checkpoint, cohort, cache, tmp_path):
+    "A hash of the name alone could be made of every patient of a hospital."
+    out = synthesize(checkpoint, cohort, tmp_path/'out', **ONE_BY_ONE)
+    load = kept.mask_slices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, 'mask_slices', lambda *a: (replace(s, pixels=s.pixels + 1e-3) for s in load(*a)))
+        assert with_sources(out, cohort).source.isna().all()
+    assert with_sources(out, cohort).source.notna().all()
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, checkpoint, cohort, monkeypatch):
+    "An image is 36 KB here; what stays of each is its line of the manifest, until a thousand of them are written."
+    wide = replace(checkpoint, geometry=Geometry(96, 1., 'none'))
+    def drawn(checkpoint, grids, seeds, **options):
+        return [replace(g, pixels=np.random.default_rng(s).random(g.labels.shape, np.float32)) for g, s in zip(grids, seeds)]
+    monkeypatch.setattr(synthesis, 'paint', drawn)
+    def peak(per_mask):
+        options = ONE_BY_ONE | dict(per_mask=per_mask, type='T1', batch_size=4)
+        tracemalloc.start()
+        try: synthesize(wide, cohort, tmp_path/f'out{per_mask}', **options)
+        finally: _, most = (tracemalloc.get_traced_memory(), tracemalloc.stop())[0]
+        return most
+    peak(1)
+    few, many = peak(2), peak(14)
+    assert images(tmp_path/'out14') == 84
+    assert (many - few) / 72 < 2000, (few, many)
