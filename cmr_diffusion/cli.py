@@ -83,12 +83,12 @@ def cmr_prepare(
     from cmr_diffusion.results import check_result
     geometry = Geometry.parse(size, spacing, crop, jitter)
     salt = secret_in(pseudonymise)
-    if not is_result(Path(cache), 'cache'): check_result(cache, 'cache')  # a cache may need no writing at all
+    if not is_result(Path(cache), 'cache'): check_result(cache, 'cache', [root])  # a cache may need no writing at all
     table = read_table(root, layout, split, seed, scale, observer)
     if salt: table = cohort.pseudonymise(table, salt)
     if type is not None:
         known = sorted(table.type.unique())
-        if type not in known: raise CMRError(f'{root}: no slice of type {type}; there are {", ".join(known)}')
+        if type not in known: raise CMRError(f'type {type!r}: {root} has no slice of it; there are {", ".join(known)}')
         table = table[table.type == type].reset_index(drop=True)
     print(f'{cache}: {counted(prepare(table, cache, geometry, workers, keep_paths=salt is None).table)}')
 

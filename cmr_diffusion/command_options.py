@@ -84,6 +84,16 @@ def check_registered(
     except CMRError as e: raise CMRError(f'register{str(e).removeprefix("name")}') from None
 
 # %% ../nbs/69a_command_options.ipynb #69a015
+def _check_cohort(root: str, layout: str, split: str, observer: int):
+    "Raise `CMRError` where the options of a cohort cannot be right."
+    if observer != 1 and layout != 'semmelweis':
+        raise CMRError(f'observer {observer}: only cohorts of the layout semmelweis tell observers apart')
+    if layout != 'csv' and Path(root).is_file():
+        raise CMRError(f'{root}: is a file; a cohort of the layout {layout} is a folder, and a CSV needs --layout csv')
+    if split.strip() not in ('default', 'semmelweis') and not Path(split).exists():
+        raise CMRError(f'split {split!r}: give default, semmelweis, or a CSV file with the columns patient and split')
+
+# %% ../nbs/69a_command_options.ipynb #69a024
 def read_table(
     root: str,  # folder of the cohort
     layout: str,  # of its folders
@@ -94,10 +104,12 @@ def read_table(
 ):
     "Read the table of a cohort as the options of the commands ask for it."
     from cmr_diffusion.cohort.table import read_cohort
-    options = {} if observer == 1 else dict(observer=observer)
-    if options and layout != 'semmelweis':
-        raise CMRError(f'observer {observer}: only cohorts of the layout semmelweis tell observers apart')
-    return read_cohort(root, layout, split=split, seed=seed, scales=scales_of(scale), **options)
+    _check_cohort(root, layout, split, observer)
+    options = dict(scales=scales_of(scale)) | ({} if observer == 1 else dict(observer=observer))
+    try: return read_cohort(root, layout, split=split, seed=seed, **options)
+    except CMRError as e:
+        if not str(e).startswith('scale of '): raise
+        raise CMRError(f'scale {scale!r}: {str(e).removeprefix("scale of ")}') from None
 
 def open_masks(
     path: str,  # folder of a cache or of a cohort

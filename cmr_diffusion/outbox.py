@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'TRIES', 'is_remote', 'pending_folder', 'Outbox', 'send_left', 'sync_pending']
 
-# %% ../nbs/01e_outbox.ipynb #01en040
+# %% ../nbs/01e_outbox.ipynb #01en002
 import json, os, shutil, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from .output import progress, sweep, working_folder, working_name
 from .store_checks import check_uri
 from .stores import open_client, runs_folder, scheme_of, shown, silence, tracking_uri
 
-# %% ../nbs/01e_outbox.ipynb #01en046
+# %% ../nbs/01e_outbox.ipynb #01en008
 def is_remote(
     uri: str,  # address of a store
 ) -> bool:
@@ -43,7 +43,7 @@ class Outbox:
         "Where the entries are."
         return pending_folder()/self.run_id
 
-# %% ../nbs/01e_outbox.ipynb #01en047
+# %% ../nbs/01e_outbox.ipynb #01en009
 _last, _NUMBERING = 0, threading.Lock()
 
 def _number() -> int:
@@ -59,7 +59,7 @@ def entries(self: Outbox) -> list[Path]:
     except OSError: return []
     return [self.folder/name for name in sorted(names)]
 
-# %% ../nbs/01e_outbox.ipynb #01en049
+# %% ../nbs/01e_outbox.ipynb #01en011
 @patch
 @contextmanager
 def entry(self: Outbox,
@@ -79,7 +79,7 @@ def entry(self: Outbox,
         raise CMRError(f'{self.folder}: what the run logs cannot be kept there until its server has it ({e.strerror}); '
                        'make room there, then resume the run') from e
 
-# %% ../nbs/01e_outbox.ipynb #01en050
+# %% ../nbs/01e_outbox.ipynb #01en012
 @patch
 def put(self: Outbox,
     what: str,  # a method of MLflow's client
@@ -88,7 +88,7 @@ def put(self: Outbox,
     "Make an entry without files."
     with self.entry(what, **options): pass
 
-# %% ../nbs/01e_outbox.ipynb #01en054
+# %% ../nbs/01e_outbox.ipynb #01en016
 @patch
 def remove(self: Outbox,
     folder: Path,  # an entry
@@ -99,7 +99,7 @@ def remove(self: Outbox,
     except FileNotFoundError: return  # somebody else has
     shutil.rmtree(aside, ignore_errors=True)
 
-# %% ../nbs/01e_outbox.ipynb #01en055
+# %% ../nbs/01e_outbox.ipynb #01en017
 @patch
 def replace(self: Outbox,
     kind: str,  # second part of the entries' name
@@ -109,7 +109,7 @@ def replace(self: Outbox,
     for folder in [f for f in self.entries() if f.name.split('-', 2)[2] == kind][:-1]:
         if folder != busy: self.remove(folder)
 
-# %% ../nbs/01e_outbox.ipynb #01en058
+# %% ../nbs/01e_outbox.ipynb #01en020
 LIMITS = dict(metrics=1000, params=100, tags=100)  # of MLflow, for one request
 
 def _read(folder: Path) -> dict:
@@ -133,7 +133,7 @@ def _group(folders: list[Path], most: int) -> tuple[list[Path], str, dict]:
         options, group = both, [*group, folder]
     return group, what, options
 
-# %% ../nbs/01e_outbox.ipynb #01en059
+# %% ../nbs/01e_outbox.ipynb #01en021
 def _call(client, run_id: str, folder: Path, what: str, options: dict):
     "Do what an entry says."
     from mlflow.entities import Metric, Param, RunTag
@@ -146,7 +146,7 @@ def _call(client, run_id: str, folder: Path, what: str, options: dict):
     except MlflowException as e:
         if what != 'delete_tag' or e.error_code != 'RESOURCE_DOES_NOT_EXIST': raise
 
-# %% ../nbs/01e_outbox.ipynb #01en061
+# %% ../nbs/01e_outbox.ipynb #01en023
 TRIES = 5  # so often a server that answers may fail to take an entry
 
 def _is_wrong(error: Exception) -> bool:
@@ -155,7 +155,7 @@ def _is_wrong(error: Exception) -> bool:
     status = response.status_code if response is not None else status_of() if status_of else 0
     return 400 <= status < 500 and status not in (408, 429)
 
-# %% ../nbs/01e_outbox.ipynb #01en062
+# %% ../nbs/01e_outbox.ipynb #01en024
 @patch
 def set_aside(self: Outbox,
     folder: Path,  # an entry
@@ -169,7 +169,7 @@ def set_aside(self: Outbox,
     if first: logger.warning('MLflow store %s refuses something that the run %s logged (%s); it is kept in %s',
                              shown(self.uri), self.name, reason, self.folder/'refused')
 
-# %% ../nbs/01e_outbox.ipynb #01en063
+# %% ../nbs/01e_outbox.ipynb #01en025
 @patch
 def judge(self: Outbox,
     folder: Path,  # an entry that was not taken
@@ -186,7 +186,7 @@ def judge(self: Outbox,
     (folder/f'tried{tried}').touch()
     return f'MLflow store {shown(self.uri)}: it fails to take what the run {self.name} logged ({one_line(error)})'
 
-# %% ../nbs/01e_outbox.ipynb #01en064
+# %% ../nbs/01e_outbox.ipynb #01en026
 @patch
 def deliver(self: Outbox,
     advance: Callable[[int], object] = bool,  # is told how many entries were sent
@@ -212,7 +212,7 @@ def deliver(self: Outbox,
         if stop(): return 'the process ends'
     return ''
 
-# %% ../nbs/01e_outbox.ipynb #01en074
+# %% ../nbs/01e_outbox.ipynb #01en036
 @patch
 @contextmanager
 def held(self: Outbox):
@@ -235,7 +235,7 @@ def tidy(self: Outbox):
     try: self.folder.rmdir()
     except OSError: pass
 
-# %% ../nbs/01e_outbox.ipynb #01en075
+# %% ../nbs/01e_outbox.ipynb #01en037
 def _left() -> list[Outbox]:
     "Find the queues in which something waits."
     found = []
@@ -246,7 +246,7 @@ def _left() -> list[Outbox]:
         found.append(Outbox(ours if shown(ours) == store else store, folder.name, said['run']))
     return found
 
-# %% ../nbs/01e_outbox.ipynb #01en080
+# %% ../nbs/01e_outbox.ipynb #01en076
 @patch
 def send(self: Outbox) -> str:  # one line that says what became of them
     "Send the entries that a dead process has left."
@@ -263,7 +263,7 @@ def send(self: Outbox) -> str:  # one line that says what became of them
     if left: return f'{run}: {left} entries wait in {self.folder}: {problem}{aside}'
     return f'{run}: {before} entries sent to {shown(self.uri)}{aside}'
 
-# %% ../nbs/01e_outbox.ipynb #01en082
+# %% ../nbs/01e_outbox.ipynb #01en078
 def send_left(
     uri: str,  # address of a store that answers
 ):

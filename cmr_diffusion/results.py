@@ -9,6 +9,7 @@ __all__ = ['recover', 'check_finished', 'result', 'check_result']
 import errno, os, shutil
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 from .core import CMRError, logger
@@ -190,6 +191,25 @@ def _parents(place: Path):
             with suppress(OSError): os.rmdir(folder)
         raise
 
+# %% ../nbs/00f_results.ipynb #00fn016
+def _causes(error: BaseException) -> list[BaseException]:
+    "List an error and the errors that caused it, the latest first."
+    causes = [error]
+    while (error := error.__cause__ or error.__context__) and error not in causes: causes.append(error)
+    return causes
+
+def _check_disk(error: BaseException, place: Path):
+    "Raise the `CMRError` of an error of the disk; any other error, and one that is in one line already, passes."
+    if isinstance(error, CMRError) or not isinstance(error, Exception): return
+    for number, cause in product(_FULL, _causes(error)):
+        full = os.strerror(number)
+        if getattr(cause, 'errno', None) == number or full in str(cause):
+            refuse(place, f'there is no room for it ({full})', 'make room')
+    _, has_trace, trace = str(error).partition('Traceback (most recent call last)')
+    if isinstance(error, OSError) and has_trace:
+        last = trace.strip().splitlines()[-1]
+        refuse(place, f'cannot be written ({last})', 'put that right, or choose another folder')
+
 # %% ../nbs/00f_results.ipynb #00en029
 @contextmanager
 def result(
@@ -211,7 +231,7 @@ def result(
             _finish(room)
         except BaseException as e:
             room.drop()
-            if getattr(e, 'errno', None) in _FULL: refuse(place, f'there is no room for it ({e.strerror})', 'make room')
+            _check_disk(e, place)
             raise
         _put_or_keep(room)
 

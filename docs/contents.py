@@ -25,7 +25,7 @@ def wing_of(path):
     number, _, module = path.stem.partition('_')
     if '.' in module: return module.split('.')[0]
     if module == 'explore': return 'cohort'
-    return 'end' if number >= '70' else ''
+    return 'end' if number >= '69' else ''
 
 
 def first_cell(path):

@@ -4,6 +4,7 @@ Ends with `N passed, N failed, N skipped`, alone on its line, and exit code 1 wh
 `tests/run.py checks`, `notebooks` or `pytest` runs that part alone."""
 import ast, filecmp, io, json, os, re, shutil, subprocess, sys, tempfile, time, tokenize
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,21 +172,42 @@ def notebooks(scratch):
 
 
 def end_to_end(scratch):
-    "The tests of whole commands, in pytest; skipped ones say why."
-    xml = scratch/'pytest.xml'
-    print(flush=True)
-    options = ('-q', '-rs', '--durations=5', '-p', 'no:cacheprovider', f'--junitxml={xml}')
-    done = call(sys.executable, '-m', 'pytest', 'tests', *options, threads=CORES)
-    if not xml.exists():
-        print('failed: pytest itself')
-        yield False
-        return
-    cases = list(ET.parse(xml).iter('testcase'))
-    def failed(case): return case.find('failure') is not None or case.find('error') is not None
-    for case in cases: yield None if case.find('skipped') is not None else not failed(case)
-    if done.returncode not in (0, 5) and not any(map(failed, cases)):
-        print('failed: pytest itself')
-        yield False
+    "The tests in pytest, on every core; skipped ones say why."
+    groups = groups_of_tests()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        runs = pool.map(lambda n: some_tests(groups[n], scratch/f'pytest{n}'), range(len(groups)))
+        for code, output, cases in runs:
+            print('\n' + output, flush=True)
+            results = [None if case.find('skipped') is not None else not failed(case) for case in cases]
+            yield from results
+            if code not in (0, 5) and all(result is not False for result in results):
+                print('failed: pytest itself')
+                yield False
+
+
+def groups_of_tests():
+    "Files that a process each may run: those that look at the tiny pipeline of conftest.py together, others by fours."
+    files = sorted((ROOT/'tests').glob('test_*.py'), key=lambda f: -f.stat().st_size)
+    pipeline = [f for f in files if re.search(r'def test.*\b(place|trained|synthetic|store)\b.*:', f.read_text())]
+    others = [f for f in files if f not in pipeline]
+    count = -(-len(others)//4)
+    return [pipeline] + [others[n::count] for n in range(count)]
+
+
+def failed(case):
+    "Whether a test of a junit file failed."
+    return case.find('failure') is not None or case.find('error') is not None
+
+
+def some_tests(files, place):
+    "Run the tests in some files in one process: exit code, what was printed, test cases."
+    xml, log = place.with_suffix('.xml'), place.with_suffix('.log')
+    options = ('-q', '-rs', '--durations=8', '-p', 'no:cacheprovider', f'--junitxml={xml}')
+    with log.open('w') as out:
+        done = call(sys.executable, '-m', 'pytest', *files, *options, threads=max(1, CORES//WORKERS), stdout=out,
+                    stderr=subprocess.STDOUT)
+    cases = list(ET.parse(xml).iter('testcase')) if xml.exists() else []
+    return done.returncode if xml.exists() else 1, log.read_text(errors='replace'), cases
 
 
 def main(parts):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cmr_diffusion import CMRError, Geometry, load_checkpoint
+from cmr_diffusion import __version__, CMRError, Geometry, load_checkpoint
 from cmr_diffusion.grid.condition import ConditionSpec
 from cmr_diffusion.grid.values import ValueTransform
 from cmr_diffusion.model.checkpoint import Checkpoint, save_checkpoint
@@ -118,10 +118,27 @@ def test_odd_content_is_named(folder, field, value):
     assert any(name in message for name in names), message
 
 
-@pytest.mark.parametrize('content', ['', '{', '[]', 'null', '3', '{}', '[' * 100_000])
+@pytest.mark.parametrize('content', ['', '{', '[]', 'null', '3', '{}', '{"model": {}}', '[' * 100_000])
 def test_what_is_no_configuration(folder, content):
+    "Where nothing is said about a format, the line said 'checkpoint of format None', and to use version None."
     (folder/'config.json').write_text(content)
-    assert 'config.json' in refused(folder) or 'format None' in refused(folder)
+    message = refused(folder)
+    assert message.startswith(f'{folder}/config.json: ') and 'None' not in message and 'copy the checkpoint' in message
+    if content in ('[]', '{}', '3', '{"model": {}}'):
+        assert ': damaged, or not written by cmr_train (format is missing); ' in message and 'give a run' in message
+
+
+@pytest.mark.parametrize('number, wrote, words', [
+    (99, __version__, 'damaged, or not written by cmr_train (format 99: give 1 or 2); copy the checkpoint again'),
+    ('x', __version__, "damaged, or not written by cmr_train (format 'x': give 1 or 2); copy the checkpoint again"),
+    (0, __version__, '(format 0: give 1 or 2)'), (True, __version__, '(format True: give 1 or 2)'),
+    (99, None, '(format 99: give 1 or 2)'), (99, 5, '(format 99: give 1 or 2)'),
+    (3, '9.1.0', 'a checkpoint of format 3, written by cmr_diffusion 9.1.0; ')])
+def test_formats(folder, number, wrote, words):
+    "The line said to use the version that wrote it, and named the one that was running."
+    change(folder, format=number, cmr_diffusion=wrote)
+    message = refused(folder)
+    assert words in message and ('install the version that wrote it' in message) == (wrote == '9.1.0')
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])

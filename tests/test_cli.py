@@ -1,9 +1,14 @@
 """Wrong calls end in one line that names what is wrong and what to do, with exit code 2 and no traceback."""
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-COMMANDS = ('cmr_phantom', 'cmr_prepare', 'cmr_train', 'cmr_sample', 'cmr_evaluate', 'cmr_demo')
+COMMANDS = ('cmr_phantom', 'cmr_check', 'cmr_prepare', 'cmr_train', 'cmr_sync', 'cmr_sample', 'cmr_evaluate',
+            'cmr_demo')
 
 
 def one_line(done, *parts):
@@ -73,3 +78,28 @@ def test_nothing_of_the_user_is_overwritten(place, phantom, cache, trained):
 
 def test_a_device_that_is_not_there(place, cache):
     one_line(place.here('cmr_train', cache, '--steps', 1, '--device', 'abacus'), "--device 'abacus'", 'cpu')
+
+
+def test_settings_of_a_run_that_is_resumed_are_those_that_were_typed(place, cache, trained):
+    one_line(place.here('cmr_train', cache, '--resume', trained, '--run_name', 'other'), '--run-name', 'leave it out')
+    one_line(place.here('cmr_train', cache, '--resume', trained, '--register', 'a/b'), "--register 'a/b'")
+    done = place.here('cmr_train', cache, '--resume', trained, '--register', 'heart')
+    assert done.returncode == 0 and 'registered as models:/heart/1\n' in done.stdout, done.stderr
+
+
+def test_a_training_that_is_stopped_goes_on(place, cache):
+    name, options = 'stopped', ('--preset', 'tiny', '--steps', 40, '--checks', 1, '--batch-size', 4, '--device', 'cpu')
+    command = [Path(sys.executable).with_name('cmr_train'), cache, *options, '--run-name', name]
+    training = subprocess.Popen(list(map(str, command)), cwd=place.folder, env=place.env, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for line in training.stderr:
+        if line.startswith('look at it'): break
+    training.send_signal(signal.SIGTERM)
+    *_, told, line = training.stderr.read().splitlines()
+    assert training.wait(60) == 143 and re.search('stopped after step [0-9]+; this goes on with it', told), told
+    program, folder, *resume = line.split()
+    assert (program, folder, resume[0]) == ('cmr_train', str(cache), '--resume')
+    one_line(place.here('cmr_train', cache, *resume, '--steps', 50, '--device', 'cpu'), '--steps 50', 'has 40')
+    done = place.run('cmr_train', cache, *resume, '--steps', 40, '--device', 'cpu')
+    assert done.returncode == 0 and f'run {name} (' in done.stdout and 'goes on from step' in done.stderr, done.stderr
+    assert 'training: step 40 (100 %)' in done.stderr and '\r' not in done.stderr

@@ -1,7 +1,8 @@
 """No command deletes or replaces what is not its own, and none loses its own work: one test per fault that was seen."""
-import contextlib, json, os, shutil, subprocess, sys, time
+import contextlib, errno, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cmr_diffusion import results
@@ -160,9 +161,8 @@ def test_a_cache_does_not_replace_the_cohort(place, words, tmp_path, phantom):
     shutil.copytree(phantom, cohort)
     before = snapshot(cohort)
     small = ('--size', 32, '--spacing', '3-4', '--workers', 1)
-    for out in (cohort, tmp_path): refused(place.here('cmr_prepare', cohort, out, *small), out)
+    for out in (cohort, tmp_path, cohort/'cache'): refused(place.here('cmr_prepare', cohort, out, *small), out)
     assert snapshot(cohort) == before
-    assert place.here('cmr_prepare', cohort, cohort/'cache', *small).returncode == 0  # a folder of its own is right
 
 
 # ---- mount points and links
@@ -302,6 +302,50 @@ def test_an_evaluation_in_a_cohort_and_networks_in_a_cache_are_not_foreign(place
     assert not (cohort/'evaluation').exists()  # it was about other images
 
 
+# ---- bytes that have changed
+
+@pytest.mark.parametrize('name', ('pixels.bin', 'labels.bin'))
+def test_64_changed_bytes_of_a_cache_are_noticed(place, tmp_path, phantom, cache, caplog, name):
+    "A training went on with the changed image."
+    from cmr_diffusion.grid.cache import CohortCache
+    copy = tmp_path/'cache'
+    shutil.copytree(cache, copy)
+    of_val = int(CohortCache(copy).rows('val')[0])  # all of these are read at a check
+    start = int(np.load(copy/'index.npy')['offset' if name == 'pixels.bin' else 'label_offset'][of_val])
+    with open(copy/name, 'r+b') as f:
+        f.seek(start)
+        f.write(b'\7' * 64)
+    options = ('--preset', 'tiny', '--steps', 4, '--checks', 1, '--batch_size', 4, '--device', 'cpu')
+    done = place.here('cmr_train', copy, *options)
+    last = done.stderr.strip().splitlines()[-1]
+    said = f'cmr_train: {copy}: slice {of_val} differs from what was written: run cmr_prepare again'
+    assert done.returncode == 2 and last == said, done.stderr
+    again = place.here('cmr_prepare', phantom, copy, '--size', 32, '--spacing', '3-4', '--workers', 1)
+    assert again.returncode == 0 and f'slice {of_val} differs from what was written; all of it is made' in caplog.text
+    CohortCache(copy).check()
+    for f in ('pixels.bin', 'labels.bin', 'index.npy'): assert (copy/f).read_bytes() == (cache/f).read_bytes()
+
+
+SAYS = [  # change of cache.json, what is said
+    (lambda c: c | dict(version=99), ': a cache of version 99, made by a newer cmr_diffusion'),
+    (lambda c: c | dict(version=2), ': a cache of version 2, made by an older cmr_diffusion'),
+    (lambda c: c | dict(version=0), '/cache.json: is damaged (version 0: give 3)'),
+    (lambda c: {k: v for k, v in c.items() if k != 'version'}, '/cache.json: is damaged (version is missing)'),
+    (lambda c: [], '/cache.json: is damaged (version is missing)'),
+    (lambda c: c | dict(values=[c['values'][0] | dict(knee=float('nan'))]), '/cache.json: values.0.knee nan: give ')]
+
+@pytest.mark.parametrize('change, words', SAYS)
+def test_what_is_wrong_with_the_settings_of_a_cache(cache, tmp_path, change, words):
+    from cmr_diffusion.grid.cache import CohortCache
+    shutil.copytree(cache, tmp_path/'cache')
+    settings = json.loads((cache/'cache.json').read_text())
+    (tmp_path/'cache'/'cache.json').write_text(json.dumps(change(settings)))
+    with pytest.raises(CMRError) as found: CohortCache(tmp_path/'cache')
+    message = str(found.value)
+    assert message.startswith(f'{tmp_path}/cache{words}') and message.endswith('; run cmr_prepare again'), message
+    assert '\n' not in message
+
+
 # ---- before the work begins
 
 @contextlib.contextmanager
@@ -336,6 +380,25 @@ def test_a_disk_that_is_full_in_the_middle_leaves_the_old_result(tmp_path):
         with pytest.raises(CMRError, match='out: there is no room for it .No space left.*; make room'): write(10**6)
         assert (disk/'out'/'report.json').read_bytes() == bytes(1000)
         clean(disk)
+
+
+def test_a_disk_that_fills_while_images_are_written(place, tmp_path):
+    "pydicom raises an error of the disk again without its number, and with a traceback of eight lines in its text."
+    with volume(tmp_path.resolve()/'disk', 'size=300k') as disk:
+        for out in (disk, disk/'out'):
+            done = place.here('cmr_phantom', out, '--patients', 4)
+            refused(done, f'{out}: there is no room for it (No space left on device); make room')
+            assert not list(disk.iterdir())
+
+
+def test_an_error_of_the_disk_is_one_line(tmp_path, monkeypatch):
+    from cmr_diffusion.cohort.phantom import make_phantom
+    def broken(path): raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr('pydicom.filewriter.write_data_element', lambda *a: broken(a))
+    with pytest.raises(CMRError) as found: make_phantom(tmp_path/'out', 1)
+    text = f'{tmp_path.resolve()}/out: cannot be written (OSError: [Errno 5] Input/output error); put that right'
+    assert str(found.value).startswith(text) and '\n' not in str(found.value), found.value
+    clean(tmp_path)
 
 
 def test_a_disk_without_room_is_said_before_the_work(tmp_path, phantom):

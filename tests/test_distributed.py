@@ -74,6 +74,8 @@ def train(folder, name):
     keep, losses = Keep(), KeepLosses()
     learn = learner(folder, num_workers, **options, cbs=[keep, losses])
     if name != 'adam': learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
+    seen = []  # rows of validation that the network of this process computes
+    learn.model.register_forward_pre_hook(lambda model, task: None if model.training else seen.append(len(task[0])))
     with learn.in_processes(): learn.fit(2, 1e-3 if name == 'adam' else .1)
     tensors = {f'{kind}.{k}': v for kind, denoise in (('weight', learn.model.denoise), ('average', learn.model.average))
                for k, v in denoise.model.state_dict().items()}
@@ -81,7 +83,7 @@ def train(folder, name):
     tensors |= {f'{part}.{n}': task[k] for k, part in enumerate(PARTS) for n, task in enumerate(keep.tasks)}
     numbers = losses.losses + [number for values in learn.recorder.values for number in values]
     facts = dict(numbers=numbers, steps=learn.model.steps, share=learn.dls.train.share, kind=type(learn.model).__name__)
-    return {k: v.contiguous() for k, v in tensors.items()}, facts
+    return {k: v.contiguous() for k, v in tensors.items()}, facts, sum(seen)
 
 
 def boxed(folder):
@@ -107,15 +109,16 @@ def work(folder, run):
         learner_chapter.train(CohortCache.load(folder/'cache'), resume=run, device='cpu')
         facts = dict(processes=world_size(), agreed=from_main(f'from {rank()}'), any=any_process(rank() == 1),
                      none=any_process(False), mean=mean_of_processes(torch.tensor([0., 4.]) * rank()).tolist())
+        rows = {}
         for name in CASES:
-            tensors, facts[name] = train(folder, name)
+            tensors, facts[name], rows[name] = train(folder, name)
             save_file(tensors, folder/f'{rank()}.{name}.safetensors')
         facts['boxed'] = boxed(folder)
         facts['found'] = refused(folder, lambda learn: learn.lr_find(show_plot=False))
         facts['uneven'] = refused(folder, lambda learn: learn.fit(1), batch_size=5)
         facts['diverged'] = refused(folder, lambda learn: learn.fit(1, 1e-3, cbs=Spoil()))
         barrier()
-    (folder/f'{rank()}.json').write_text(json.dumps(facts))
+    (folder/f'{rank()}.json').write_text(json.dumps([facts, rows]))
 
 
 def fail(folder):
@@ -172,10 +175,10 @@ def stopped(folder):
 
 @pytest.fixture(scope='module')
 def pair(folder, stopped):
-    "Facts from both processes."
+    "Facts from both processes, and by case the rows that each has validated."
     done = torchrun(folder, __file__, 'work', folder, stopped)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder/f'{number}.json').read_text()) for number in range(2)]
+    return list(zip(*(json.loads((folder/f'{number}.json').read_text()) for number in range(2))))
 
 
 def largest(tensors): return max(t.abs().max().item() for t in tensors)
@@ -183,7 +186,7 @@ def largest(tensors): return max(t.abs().max().item() for t in tensors)
 
 @pytest.mark.parametrize('name', CASES)
 def test_two_processes_train_as_one(folder, pair, name):
-    one, facts = train(folder, name)
+    one, facts, rows = train(folder, name)
     first, second = (load_file(folder/f'{number}.{name}.safetensors') for number in range(2))
     def of(tensors, *kinds): return {k: v for k, v in tensors.items() if k.partition('.')[0] in kinds}
     for key, whole in of(one, *PARTS).items():  # the same slices and the same noise, dealt
@@ -199,15 +202,17 @@ def test_two_processes_train_as_one(folder, pair, name):
         kept = of(one, 'weight', 'average')
         assert largest(first[k] - w for k, w in kept.items()) < close * .1
         assert largest(one[f'weight.{k}'] - one[f'average.{k}'] for k in [k.partition('.')[2] for k in kept]) > .001
-    assert pair[0][name] == pair[1][name]
-    assert pair[0][name]['numbers'] == pytest.approx(facts.pop('numbers'), rel=close) and len(facts) == 3
-    assert {k: pair[0][name][k] for k in facts} == json.loads(json.dumps(facts))
+    (both, again), dealt = pair
+    assert both[name] == again[name]
+    assert both[name]['numbers'] == pytest.approx(facts.pop('numbers'), rel=close) and len(facts) == 3
+    assert {k: both[name][k] for k in facts} == json.loads(json.dumps(facts))
+    assert rows == 20 and [by_case[name] for by_case in dealt] == [8, 12]  # two epochs and losses, of 4 + 1 slices
     assert facts == dict(steps=6, share=(0, 1), kind='Objective')
 
 
 def test_processes_agree(pair):
-    assert pair[0] == pair[1]
-    facts = pair[0]
+    facts, again = pair[0]
+    assert facts == again
     expected = dict(processes=2, agreed='from 0', any=True, none=False, mean=[0, 2])
     assert {k: facts[k] for k in expected} == expected
     assert facts['boxed'] == 4  # by the clock of the first; that of the second allows a step in each of two epochs

@@ -11,7 +11,7 @@ from cmr_diffusion.figures import Picture
 from cmr_diffusion.grid.loaders import make_dataloaders
 from cmr_diffusion.toy import toy_cohort
 from cmr_diffusion.tracking import find_run, start_run
-from cmr_diffusion.training import continuing, learner as learner_chapter
+from cmr_diffusion.training import checks, continuing, learner as learner_chapter
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -249,3 +249,17 @@ def test_before_the_work_begins(cache, tmp_path, monkeypatch):
     refused(lambda: train(cache, short(), run_name='full', device='cpu'), 'no room')
     run, _, grids = run_of('full')
     assert (run.info.status, run.data.tags['reason'], grids) == ('FAILED', 'no room', [])
+
+
+def test_a_network_that_paints_no_finite_numbers(cache, monkeypatch):
+    def broken(*args, **options):
+        raise CMRError('6 of 6 painted images hold values that are no finite numbers; paint with a lower guidance')
+    own = checks.sample_figure
+    monkeypatch.setattr(checks, 'sample_figure', broken)
+    refused(lambda: train(cache, short(), device='cpu'),
+            'the training cannot begin: the network paints no finite numbers; start from other weights')
+    def later(checkpoint, *args, **options):
+        return (broken if checkpoint.info.get('steps') else own)(checkpoint, *args, **options)
+    monkeypatch.setattr(checks, 'sample_figure', later)
+    refused(lambda: train(cache, short(), device='cpu'), 'the training diverged: the network paints no finite numbers',
+            'the checkpoint of step 2 is kept', 'learning rate below')

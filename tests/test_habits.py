@@ -275,6 +275,13 @@ TABLES = dict(  # name -> (text, the patient of its slice, or words of the error
     utf_16=((HEAD + LINE).encode('utf-16'), 'P1'),
     carriage_returns=((HEAD + LINE).replace('\n', '\r'), 'P1'),
     capitals=(HEAD.title() + LINE, 'P1'),
+    spacing=('image,label,patient,type,spacing\nim.npy,lb.png,P1,T1,1.5\n', 'P1'),
+    spacing_with_comma=('image;label;patient;type;Spacing\nim.npy;lb.png;P1;T1;1,5 x 1,5\n', 'P1'),
+    spacing_as_in_dicom=('image,label,patient,type,spacing\nim.npy,lb.png,P1,T1,1.5\\1.50 mm\n', 'P1'),
+    spacing_said_twice=(HEAD.replace('\n', ',spacing\n') + LINE.replace('\n', ',1.5\n'), 'P1'),
+    spacing_said_otherwise=(HEAD.replace('\n', ',spacing\n') + LINE.replace('\n', ',1.5x1.4\n'),
+                            "line 2: spacing '1.5x1.4' contradicts column_spacing '1.5'; leave one of them out"),
+    spacing_of_three=('image,label,patient,type,spacing\nim.npy,lb.png,P1,T1,1x1x8\n', "'1x1x8': expected mm as one"),
     empty_last_column=((HEAD + LINE).replace('\n', ',\n') + ',,,,,,\n', 'P1'),
     named_na=(HEAD + LINE.replace('P1', 'NA'), 'NA'),
     named_001=(HEAD + LINE.replace('P1', '001'), '001'),
@@ -304,6 +311,16 @@ def test_a_table(tmp_path, name):
     assert table.patient.tolist() == [expected] and table.usable.all(), table.reason.tolist()
     assert is_heart(table.iloc[0]) and np.allclose(table[['row_spacing', 'column_spacing']], 1.5)
     assert found == ({'backslash repaired'} if name == 'windows_path' else set())
+
+
+@pytest.mark.parametrize('name, meant', [
+    ('pixel_spacing', 'spacing'), ('Pixel Spacing (mm)', 'spacing'), ('row_spacin', 'row_spacing'), ('patients', None)])
+def test_a_column_that_may_be_misspelled(tmp_path, name, meant):
+    "A column that says what another one is for was passed over as any other; one that is there was suggested."
+    np.save(tmp_path/'im.npy', SIGNED)
+    (tmp_path/'cohort.csv').write_text(f'image,label,patient,type,{name}\nim.npy,,P1,T1,1.5\n')
+    expected = f'column {name} is not used' + (f'; was {meant} meant?' if meant else '')
+    assert [remark['message'] for remark in read_cohort(tmp_path, 'csv').attrs['remarks']] == [expected]
 
 
 # Contours and folders

@@ -1,4 +1,4 @@
-"""What is logged to a server of MLflow arrives there once and in order, whatever happens to the server or to the process."""
+"""What is logged to a server of MLflow arrives once and in order, whatever happens to the server or to the process."""
 import http.server, json, os, shutil, signal, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +38,8 @@ class Server:
         env = os.environ | dict(MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')
         env.pop('MLFLOW_TRACKING_URI', None)
         with open(self.folder/'log', 'a') as log:
-            self.process = subprocess.Popen(line, env=env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+            options = dict(env=env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(line, **options)
 
     def answers(self):
         with socket.socket() as asked: return asked.connect_ex(('127.0.0.1', self.port)) == 0
@@ -160,7 +161,8 @@ def test_a_server_that_is_killed_for_ten_seconds(server, monkeypatch, caplog, tm
     monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '1')
     watch, step, killed, started = Watch(), 0, None, False
     with start_run('outbox', 'away') as run:
-        assert run.folder is None and run_address(run).startswith(f'{server.uri}/#/experiments/{run.experiment_id}/runs/')
+        page = f'/#/experiments/{run.experiment_id}/runs/{run.id}'
+        assert run.folder is None and run_address(run) == f'{server.uri}{page}'
         with watch(): log_config(dict(size=32, model=dict(width=8)), 'train.')
         with watch(): log_tags(cache='a1b2')
         while killed is None or time.monotonic() - killed < 12 or not server.answers():
@@ -197,7 +199,8 @@ def test_a_server_that_does_not_come_back(server, monkeypatch, caplog, tmp_path)
     other.kill()
     other.wait()
     waits = sync_pending()
-    assert f'run unsent ({run.id}): ' in waits and f'entries wait in {tmp_path}/mlruns/pending/{run.id}: MLflow store' in waits
+    assert f'run unsent ({run.id}): ' in waits
+    assert f'entries wait in {tmp_path}/mlruns/pending/{run.id}: MLflow store' in waits
     server.start()
     server.wait()
     said = sync_pending()

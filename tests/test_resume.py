@@ -114,7 +114,8 @@ def files(run_id): return continuing.files_of(run_id)
 
 def pictures(run_id):
     "The steps of the sample grids of a run."
-    return [int(re.search(r'[+%]step[+%](?:2B)?(\d+)', p.name)[1]) for p in (files(run_id)/'images').glob('samples*.png')]
+    names = [path.name for path in (files(run_id)/'images').glob('samples*.png')]
+    return [int(re.search(r'[+%]step[+%](?:2B)?(\d+)', name)[1]) for name in names]
 
 
 # Children: processes that train, and end themselves with SIGKILL.
@@ -150,9 +151,9 @@ def watch(killer, kinds):
             if self.training: killer.event()
         stopping.ResumeWriter.after_batch = after_batch
     if 'write' in kinds:
-        for owner, name in ((os, 'rename'), (os, 'replace'), (os, 'fsync'), (results, 'to_disk'), (results, 'take_place'),
-                            (resume, 'save_file'), (checkpoint_chapter, 'save_file'), (Path, 'write_text'),
-                            (resume.shutil, 'rmtree')): killer.before(owner, name)
+        for owner, name in ((os, 'rename'), (os, 'replace'), (os, 'fsync'), (results, 'to_disk'),
+                            (results, 'take_place'), (resume, 'save_file'), (checkpoint_chapter, 'save_file'),
+                            (Path, 'write_text'), (resume.shutil, 'rmtree')): killer.before(owner, name)
     if 'log' in kinds:
         for name in ('log_batch', 'log_image', 'log_dict'): killer.before(MlflowClient, name)
 
@@ -173,7 +174,8 @@ def child(cache_folder, run_id, how, at, kinds, minutes, ready):
 
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['pytest', 'cmr_diffusion.toy', 'cmr_diffusion.training.learner', 'mlflow', 'sqlalchemy',
-                               'mlflow.store.tracking.sqlalchemy_store', 'cmr_diffusion.cohort.table'])  # imported once for all children
+                               'mlflow.store.tracking.sqlalchemy_store', 'cmr_diffusion.cohort.table'])
+# these are imported once for all children
 
 
 def in_process(cache, run_id, how, at=0, kinds=('step', 'write', 'log'), minutes=0.):
@@ -257,32 +259,51 @@ def one_line(error, *words):
     return text
 
 
-STOPS = {'in an epoch': (signal.SIGTERM, 11, 'after_batch', True), 'in a validation': (signal.SIGINT, 16, 'after_batch', False),
-         'before the samples': (signal.SIGTERM, 8, 'after_validate', False), 'at the first step': (signal.SIGINT, 1, 'after_batch', True)}
+STOPS = {
+    'in an epoch': (signal.SIGTERM, 11, 'after_batch', True),
+    'in a validation': (signal.SIGINT, 16, 'after_batch', False),
+    'before the samples': (signal.SIGTERM, 8, 'after_validate', False),
+    'at the first step': (signal.SIGINT, 1, 'after_batch', True),
+    'the line drops': (signal.SIGHUP, 3, 'after_batch', True)}
 
 @pytest.mark.parametrize('when', STOPS)
 def test_stopped_by_a_signal(cache, straight, also, caplog, when):
     number, step, event, training = STOPS[when]
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    own = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = [signal.getsignal(n) for n in own]
     also(At(step, lambda: os.kill(os.getpid(), number), event, training))
     with pytest.raises(stopping.Stopped) as error: train(cache, settings(), device='cpu', run_name=when)
     run = find_run(when)
     assert str(error.value).splitlines()[-1] == f'cmr_train {cache.folder} --resume {run.info.run_id}'
     assert f'stopped after step {step}' in str(error.value) and error.value.code == 128 + number
     assert run.info.status == 'KILLED' and last_point(run.info.run_id).state.step == step
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in own] == handlers
     assert train(cache, resume=when, device='cpu')[0] == run.info.run_id
     check_equal(straight, run.info.run_id, cache)
 
 
-def test_second_signal_acts_at_once(cache, also):
+@pytest.mark.parametrize('wait', [0, 1.1])
+def test_a_later_signal_acts_at_once(cache, also, wait):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(wait)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        time.sleep(.1)
     also(At(3, twice))
-    with pytest.raises(KeyboardInterrupt) as error: train(cache, settings(), device='cpu', run_name='twice')
-    assert not isinstance(error.value, stopping.Stopped) and find_run('twice').info.status == 'KILLED'
+    name = f'twice {wait}'
+    with pytest.raises(KeyboardInterrupt) as error: train(cache, settings(), device='cpu', run_name=name)
+    assert isinstance(error.value, stopping.Stopped) == (wait == 0)  # the process group and torchrun both send it
+    assert find_run(name).info.status == 'KILLED'
+
+
+def test_ignored_signals_stay_ignored(cache):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stopping.stop_signals() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(.05)
+        assert not flag.number and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally: signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_at_the_end_changes_nothing(cache, also):
@@ -349,11 +370,13 @@ def put(name, value):
     return change
 
 
-ODD = [('state.safetensors', 'changed', 'differs from what was written'), ('state.safetensors', 'gone', 'cannot be read'),
-       ('state.json', 'gone', 'cannot be read'), ('state.json', lambda state: [], 'format None'),
-       ('state.json', put('format', 99), 'format 99, this program reads 1'), ('state.json', put('step', 'x'), "step 'x'"),
-       ('state.json', put('pct_train', None), 'pct_train'), ('state.json', put('callbacks', 3), 'callbacks'),
-       ('state.json', put('facts.config', 7), 'config'), ('state.json', put('extra', 1), 'extra is unknown')]
+ODD = [
+    ('state.safetensors', 'changed', 'differs from what was written'), ('state.safetensors', 'gone', 'cannot be read'),
+    ('state.json', 'gone', 'cannot be read'), ('state.json', lambda state: [], 'format None'),
+    ('state.json', put('format', 99), 'format 99, this program reads 1'),
+    ('state.json', put('step', 'x'), "step 'x'"), ('state.json', put('pct_train', None), 'pct_train'),
+    ('state.json', put('callbacks', 3), 'callbacks'), ('state.json', put('facts.config', 7), 'config'),
+    ('state.json', put('extra', 1), 'extra is unknown')]
 
 def test_odd_points_are_refused_in_one_line(cache, straight, tmp_path):
     whole = points_in(continuing.resume_folder(straight))[0]
@@ -382,7 +405,8 @@ def test_two_processes_do_not_train_one_run(cache, halfway):
 
 def test_what_differs_is_named(cache, straight, halfway, place, monkeypatch):
     run_id = halfway()
-    other = prepare(read_cohort(toy_cohort(place/'other_toy', patients=4, seed=1), 'csv'), place/'other', cache.geometry)
+    table = read_cohort(toy_cohort(place/'other_toy', patients=4, seed=1), 'csv')
+    other = prepare(table, place/'other', cache.geometry)
     grid = prepare(read_cohort(place/'toy', 'csv'), place/'grid', Geometry(16, 5.0, 'heart', jitter=1))
     refused = [
         (dict(cache=other), ['other: differs from the cache of the training', 'fingerprint']),
@@ -394,7 +418,8 @@ def test_what_differs_is_named(cache, straight, halfway, place, monkeypatch):
     for options, words in refused:
         with pytest.raises(CMRError) as error: train(**{**dict(cache=cache, resume=run_id, device='cpu'), **options})
         one_line(error, *words)
-    for name, value, word in (('__version__', '0.0.9', 'begun by cmr_diffusion'), ('choose_precision', lambda *_: 'bfloat16', 'in bfloat16')):
+    for name, value, word in (('__version__', '0.0.9', 'begun by cmr_diffusion'),
+                              ('choose_precision', lambda *_: 'bfloat16', 'in bfloat16')):
         with monkeypatch.context() as patch:
             patch.setattr(continuing, name, value)
             with pytest.raises(CMRError) as error: train(cache, resume=run_id, device='cpu')
@@ -414,7 +439,8 @@ def test_a_finished_run_says_so(cache, straight, caplog):
 
 
 @pytest.mark.parametrize('run, words', [
-    ('nobody', ['no run of that id or name']), ('', ['no name']), ('empty', ['no resume point on this machine', '--init']),
+    ('nobody', ['no run of that id or name']), ('', ['no name']),
+    ('empty', ['no resume point on this machine', '--init']),
     ('.', ['no resume point in it', 'give a run id'])])
 def test_nothing_to_resume(cache, place, run, words):
     if run == 'empty':
@@ -459,7 +485,8 @@ def small_disk(place):
     mounted = []
     def mount(folder, size):
         folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], capture_output=True, text=True)
+        command = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode: pytest.skip(f'no disk can be mounted here: {done.stderr.strip()}')
         mounted.append(folder)
     yield mount
@@ -475,7 +502,7 @@ def test_a_full_disk(cache, straight, also, small_disk):
         with open(folder/'.filler', 'wb') as f: f.write(bytes(2 * size))
     also(At(11, fill))
     with pytest.raises(CMRError) as error: train(cache, settings(), device='cpu', run_id=run_id)
-    one_line(error, 'the resume point of step 16 cannot be written', 'No space left on device', 'Then go on from step 8')
+    one_line(error, 'the resume point of step 16 cannot be written', 'No space left on device', 'go on from step 8')
     assert [p.name for p in points_in(folder)] == ['step_00000008', 'step_00000000']
     assert {p.name for p in folder.iterdir()} == {'step_00000008', 'step_00000000', '.filler'}
     (folder/'.filler').unlink()
@@ -489,9 +516,10 @@ def test_a_loader_worker_that_dies(cache):
     learn = sdm_learner(dls, 'tiny', precision='float32')
     def kill_workers():
         for process in multiprocessing.active_children(): os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(CMRError) as error, start_run('cmr_diffusion', 'worker') as run, learn.no_bar(), learn.no_logging():
-        writer = stopping.ResumeWriter(continuing.resume_folder(run.id), continuing.facts_of(learn, config, run.id), save_every=0.)
-        learn.fit(3, cbs=[*run_callbacks(learn, config), writer, At(3, kill_workers)])
+    with pytest.raises(CMRError) as error, start_run('cmr_diffusion', 'worker') as run, learn.no_bar():
+        facts = continuing.facts_of(learn, config, run.id)
+        writer = stopping.ResumeWriter(continuing.resume_folder(run.id), facts, save_every=0.)
+        with learn.no_logging(): learn.fit(3, cbs=[*run_callbacks(learn, config), writer, At(3, kill_workers)])
     one_line(error, 'a process that loads slices ended', 'worker')
     assert find_run('worker').info.status == 'FAILED'
     assert last_point(find_run('worker').info.run_id).state.step >= 2
@@ -521,7 +549,7 @@ def test_the_clock_stands_while_nothing_runs(cache, also, monkeypatch):
 
 # Batches by memory
 
-def small_memory(monkeypatch, most, from_step=0, error=torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')):
+def small_memory(monkeypatch, most, from_step=0, error=torch.OutOfMemoryError('CUDA out of memory')):
     "A memory that holds so many slices, from a step of the training on."
     own = Objective.forward
     def forward(self, x0, *args):
@@ -530,19 +558,26 @@ def small_memory(monkeypatch, most, from_step=0, error=torch.OutOfMemoryError('C
     monkeypatch.setattr(Objective, 'forward', forward)
 
 
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), MemoryError('Unable to allocate 2 GiB'),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to ...")])
-def test_the_batch_is_halved_until_it_fits(cache, monkeypatch, caplog, error):
+def test_the_batch_is_halved_until_it_fits(cache, monkeypatch, caplog):
     monkeypatch.setattr(continuing, 'AUTO_BATCH', 8)
-    small_memory(monkeypatch, 2, error=error)
+    small_memory(monkeypatch, 2)
     config = settings(steps=4, checks=1)
     found, _ = train(cache, replace(config, batch_size='auto'), device='cpu')
     told = [r.message for r in caplog.records if 'memory' in r.message]
     assert told == [f'the memory is too small for {n} slices per step; {n // 2} are tried' for n in (8, 4)]
-    assert find_run(found).data.params['train.batch_size'] == '2' and last_point(found).state.facts.config['batch_size'] == 2
+    assert find_run(found).data.params['train.batch_size'] == '2'
+    assert last_point(found).state.facts.config['batch_size'] == 2
     given, _ = train(cache, config, device='cpu')
     one, two = last_point(found).tensors, last_point(given).tensors
     assert all(torch.equal(one[k], two[k]) for k in one if k.startswith(('trained', 'averaged', 'optimizer')))
+
+
+@pytest.mark.parametrize('error, is_memory', [
+    (torch.OutOfMemoryError('CUDA out of memory'), True), (MemoryError('Unable to allocate 2 GiB'), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError('CUDA error: out of memory'), True), (RuntimeError('shapes do not fit'), False),
+    (ValueError('out of memory'), False)])
+def test_errors_of_memory(error, is_memory): assert continuing.out_of_memory(error) == is_memory
 
 
 def test_the_batch_is_halved_in_the_middle_of_a_training(cache, monkeypatch, caplog):
@@ -558,6 +593,7 @@ def test_the_batch_is_halved_in_the_middle_of_a_training(cache, monkeypatch, cap
 @pytest.mark.parametrize('size, word', [(4, 'too small for 4 slices per step; give a smaller batch, or auto'),
                                         ('auto', 'too small for 1 slices per step; choose a smaller network')])
 def test_no_batch_fits(cache, monkeypatch, size, word):
+    monkeypatch.setattr(continuing, 'AUTO_BATCH', 2)
     small_memory(monkeypatch, 0)
     with pytest.raises(CMRError) as error: train(cache, settings(batch_size=size), device='cpu')
     one_line(error, word)
@@ -596,8 +632,8 @@ def test_init_with_a_further_type(straight, more_types, caplog):
     told = [r.message for r in caplog.records if 'LGE' in r.message]
     assert len(told) == 1 and 'start at zero' in told[0]
     names, old = learn.checkpoint.spec.names, start.spec.names
-    assert names[:len(old)] == old and names[len(old):] == [f'LGE {s}' for s in ('background', 'myocardium', 'left_ventricle',
-                                                                                 'right_ventricle')]
+    structures = 'background', 'myocardium', 'left_ventricle', 'right_ventricle'
+    assert names[:len(old)] == old and names[len(old):] == [f'LGE {s}' for s in structures]
     assert learn.dls.values['T1'] == start.values['T1'] and learn.dls.values['LGE'] == more_types.values['LGE']
     for name, weight in start.model.state_dict().items():
         own = learn.model.network.state_dict()[name]
@@ -620,7 +656,8 @@ def test_a_training_with_a_further_type_goes_on_like_any_other(straight, more_ty
     train(more_types, resume='further', init='straight', device='cpu')
     other, _ = train(more_types, init=straight, **options)
     one, two = last_point('further'), last_point(other)
-    assert [k for k in one.tensors if not k.startswith('random.') and not torch.equal(one.tensors[k], two.tensors[k])] == []
+    different = [k for k in one.tensors if not torch.equal(one.tensors[k], two.tensors[k])]
+    assert all(k.startswith('random.') for k in different), different
     painted = load_checkpoint(files(other)/'checkpoint')
     assert painted.spec.names == load_checkpoint(files(one.state.facts.run_id)/'checkpoint').spec.names
     assert painted.spec.types[-1][0] == 'LGE'

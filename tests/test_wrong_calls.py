@@ -30,11 +30,12 @@ COHORT = ('cmr_check', 'cmr_prepare')  # the commands that read a cohort's folde
 WORDS = [  # commands, option, values, what the line names besides the option
     (RIGHT, 'device', ('abacus', 'cuda:99', 'cpu:x', '-1', 'meta'), 'cpu'),
     (('cmr_check', 'cmr_prepare', 'cmr_evaluate'), 'layout', ('nonsense', 'CSV,acdc'), 'semmelweis'),
-    (COHORT, 'split', ('no.csv', '{junk}', '{cohort}', '{image}', 'semmelweis'), ''),
-    (COHORT, 'scale', ('T2', 'T2=x', 'T2=0', 'T2=-1', 'T2=nan', 'T2=inf', 'T2=1,', '=1', 'T9=1'), ''),
+    (COHORT, 'split', ('no.csv', 'test,foo'), '--split'), (COHORT, 'split', ('{junk}', '{cohort}', '{image}'), ''),
+    (COHORT, 'split', ('semmelweis',), "split 'semmelweis'"),
+    (COHORT, 'scale', ('T2', 'T2=x', 'T2=0', 'T2=-1', 'T2=nan', 'T2=inf', 'T2=1,', '=1', 'T9=1'), '--scale'),
     (COHORT, 'pseudonymise', ('no.txt', '{cohort}', '{empty_file}', '{image}'), 'secret'),
     (COHORT, 'observer', ('2', '99'), 'semmelweis'),
-    (('cmr_prepare',), 'type', ('LGE', 't1,T2', '../T1'), 'T1'),
+    (('cmr_prepare',), 'type', ('LGE', 't1,T2', '../T1'), '--type'),
     (('cmr_prepare',), 'crop', ('hart', 'none,heart'), 'none'),
     (('cmr_prepare', 'cmr_sample', 'cmr_demo'), 'spacing',
      ('0', '-2', 'nan', 'inf', '2.5-1.5', '1-2-3', 'fine', '2mm', '1e9', '1e-9', '-', '1-', 'nan-nan'), 'native'),
@@ -95,7 +96,7 @@ def places():
         yield 'cmr_evaluate', [path, '{synthetic}'], path
         yield 'cmr_evaluate', ['{cache}', path], path
         yield 'cmr_sample', [path, '--masks', '{cache}', 'new'], path
-        yield 'cmr_check', [path, '--out', 'new'], path
+        yield 'cmr_check', [path, '--out', 'new'], ('is a file' if path in ('{junk}', '{image}') else path)
         yield 'cmr_prepare', [path, 'new'], path
         yield 'cmr_prepare', [path, 'new', '--layout', 'csv'], path
     for command, before in dict(cmr_phantom=[], cmr_prepare=['{cohort}', '--layout=csv'], cmr_demo=[],
@@ -103,7 +104,8 @@ def places():
         for out in ('{mine}', '{junk}', '{junk}/in_a_file', '/proc/new', 'x' * 300):
             if command == 'cmr_demo': out = f'--out={out}'
             if out != '--out={mine}': yield command, [*before, out], out[:40].removeprefix('--out=')
-    for out in ('{cohort}', '{cohort}/images'): yield 'cmr_prepare', ['{cohort}', out, '--layout=csv'], out
+    for out in ('{cohort}', '{cohort}/images', '{cohort}/new'):
+        yield 'cmr_prepare', ['{cohort}', out, '--layout=csv'], out
     for out in ('{cache}', '{cache}/new', '{model}', '{model}/new'):
         yield 'cmr_sample', ['{model}', '--masks', '{cache}', out], out
     for out in ('{mine}', '{cache}', '{cache}/new', '{synthetic}', '{junk}'):

@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'MANY', 'layout', 'read_layout', 'csv_layout']
 
 # %% ../../nbs/13_cohort.layouts.ipynb #130i00
-import inspect, math, multiprocessing, os
+import inspect, math, multiprocessing, os, re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -109,6 +109,7 @@ def read_layout(
 # %% ../../nbs/13_cohort.layouts.ipynb #130n102
 _NEEDED = ('image', 'label', 'patient', 'type')
 _TEXTS = ('slice', 'volume', 'level', 'split', 'unit', 'label_values', 'vendor', 'centre')
+_SPACING = 'spacing'  # both lengths in one cell
 _LENGTHS, _WHOLE = ('row_spacing', 'column_spacing'), ('image_index', 'label_index', 'frame', 'observer')
 
 def _whole_numbers(line):
@@ -120,9 +121,21 @@ def _whole_numbers(line):
     return {name: int(value) for name, value in known.items()}
 
 # %% ../../nbs/13_cohort.layouts.ipynb #130n104
+def _both(text):
+    "Row and column spacing by name, from one number or two; `ValueError` for anything else."
+    parts = re.split(r'\s*[x×*\\]\s*', re.sub(r'\s*mm\b', '', text.strip().lower()))
+    try: mm = [number(part) for part in parts if part]
+    except ValueError: mm = []
+    if len(parts) > 2 or len(mm) != len(parts):
+        raise ValueError(f'spacing {text!r}: expected mm as one number, or as two, such as 1.5 x 1.25')
+    return dict(zip(_LENGTHS, mm * 2))
+
 def _lengths(line):
     "Spacing in mm, and the reason to leave the line out where that is no length."
-    known = {name: number(line[name]) for name in _LENGTHS if line.get(name)}
+    known, both = {name: number(line[name]) for name in _LENGTHS if line.get(name)}, line.get(_SPACING)
+    for name, mm in (_both(both) if both else {}).items():
+        if known.setdefault(name, mm) == mm or math.isnan(mm): continue
+        raise ValueError(f'spacing {both!r} contradicts {name} {line[name]!r}; leave one of them out')
     wrong = next((f'{name} of {mm:g} mm' for name, mm in known.items() if not 0 < mm < math.inf), '')
     return known | dict(reason=f'implausible spacing: {wrong} in the table' if wrong else '')
 
@@ -212,7 +225,8 @@ def csv_layout(
     root: Path,  # the CSV, or a folder with cohort.csv
 ):
     "A CSV, or a folder with cohort.csv, has the columns image, label, patient, type, and one line per slice or volume."
-    path, optional = root/'cohort.csv' if root.is_dir() else root, (*_TEXTS, *_LENGTHS, *_WHOLE, 'scale')
+    path = root/'cohort.csv' if root.is_dir() else root
+    optional = (*_TEXTS, *_LENGTHS, *_WHOLE, 'scale', _SPACING)
     if not path.is_file(): return
     lines = read_csv(path, _NEEDED, optional)
     observers = _numbered(lines.get('observer', []))

@@ -125,10 +125,11 @@ def unknown_columns(
     known: list[str],  # the names that mean something
 ) -> list[str]:  # a line for each of the others
     "Say which columns are not used, and what may have been meant."
-    lines = []
+    lines, absent = [], [name for name in known if name not in names]
     for name in names:
         if name in known: continue
-        near = difflib.get_close_matches(_plain_name(name), known, 1, .8)
+        plain = re.sub(r'_?\(?mm\)?$', '', _plain_name(name))
+        near = difflib.get_close_matches(plain, absent, 1, .8) or [other for other in absent if plain.endswith(other)]
         lines.append(f'column {name} is not used' + (f'; was {near[0]} meant?' if near else ''))
     return lines
 

@@ -20,7 +20,7 @@ from ..cohort.slices import fingerprint, load_slices, row_states
 from ..cohort.table import balance_warnings, check_columns, rows_that_fit
 from ..core import BACKGROUND, CMRError, logger, PADDING, Slice
 from .cache_files import (
-    CacheSettings, CohortCache, read_settings, VERSION, write_settings, write_slices, write_table)
+    AGAIN, CacheSettings, CohortCache, read_settings, VERSION, write_settings, write_slices, write_table)
 from .condition import ConditionSpec
 from .geometry import check_fit, Geometry
 from .values import ValueTransform
@@ -62,11 +62,14 @@ def _table_that_fits(table: pd.DataFrame, geometry: Geometry) -> pd.DataFrame:
 
 # %% ../../nbs/22_grid.cache.ipynb #100014
 def _old_cache(folder: Path) -> CohortCache | None:
-    "Open the cache in a folder, if there is one that can be read."
+    "Open the cache in a folder, if there is one, and if all of its slices are as they were written."
     try:
         old = CohortCache(folder)
-        return old if len(old.usable) else None
+        if not len(old.usable): return None
     except CMRError: return None
+    try: old.check()
+    except CMRError as e: logger.warning('%s; all of it is made anew', str(e).removesuffix(f': {AGAIN}'))
+    else: return old
 
 # %% ../../nbs/22_grid.cache.ipynb #22n007
 def _old_or_read(rows: pd.DataFrame, states: list[str], old: CohortCache | None, workers, load) -> Iterator[Slice]:

@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'AGAIN', 'write_slices', 'write_table', 'CacheSettings', '
            'read_table', 'CohortCache']
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bi00
-import json, math
+import json, math, zlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
@@ -29,12 +29,21 @@ from ..output import atomic_path
 from ..results import check_finished
 from ..validation import configuration, json_of, validated, WrongValue
 
-# %% ../../nbs/21b_grid.cache_files.ipynb #21bn005
-VERSION = 2  # of the files in a cache
+# %% ../../nbs/21b_grid.cache_files.ipynb #21bn045
+VERSION = 3  # of the files in a cache; version 2 had no checksums
 _INDEX = np.dtype([('offset', 'i8'), ('label_offset', 'i8'), ('rows', 'i4'), ('columns', 'i4'),
                    ('row_spacing', 'f8'), ('column_spacing', 'f8'), ('robust_max', 'f8'),
-                   ('type', 'i2'), ('dtype', 'S2')])
+                   ('type', 'i2'), ('dtype', 'S2'), ('checksum', 'u4')])
 
+def _checksum(
+    at: np.void,  # line of the index; its last field is the checksum itself
+    pixels: np.ndarray,  # as stored
+    labels: np.ndarray,  # as stored
+) -> int:
+    "Compute the checksum of a slice and of all that the index says about it."
+    return zlib.crc32(labels, zlib.crc32(pixels, zlib.crc32(at.tobytes()[:-4])))
+
+# %% ../../nbs/21b_grid.cache_files.ipynb #21bn005
 def write_slices(
     folder: Path,  # of the cache
     slices: Iterable[Slice],  # of image types in `types`, with label maps
@@ -47,11 +56,14 @@ def write_slices(
             low, high = s.pixels.min(), s.pixels.max()
             whole = low >= 0 and high <= 65535 and (s.pixels == np.rint(s.pixels)).all()
             dtype = 'u2' if whole else 'f4'
+            stored, label_map = np.ascontiguousarray(s.pixels, f'<{dtype}'), np.ascontiguousarray(s.labels, np.uint8)
             place_and_shape = pixels.tell(), labels.tell(), *s.pixels.shape, *s.spacing
-            index.append((*place_and_shape, s.robust_max, types.index(s.type), dtype))
-            pixels.write(np.ascontiguousarray(s.pixels, f'<{dtype}'))
+            at = np.array((*place_and_shape, s.robust_max, types.index(s.type), dtype, 0), _INDEX)
+            at['checksum'] = _checksum(at, stored, label_map)
+            index.append(at[()])
+            pixels.write(stored)
             pixels.write(bytes(-pixels.tell() % 8))  # the next slice begins at a multiple of 8 bytes
-            labels.write(np.ascontiguousarray(s.labels, np.uint8))
+            labels.write(label_map)
     np.save(folder/'index.npy', np.array(index, _INDEX))
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn006
@@ -100,17 +112,27 @@ def write_settings(
     with atomic_path(folder/'cache.json') as new: new.write_text(json.dumps(asdict(settings), indent=1))
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn036
+def _check_version(read, path: Path):
+    "Raise `CMRError` where the content of a `cache.json` is not of this version."
+    version = read.get('version') if isinstance(read, dict) else None
+    if version is None: raise CMRError(f'{path}: is damaged (version is missing); {AGAIN}')
+    if type(version) is not int or version < 1:
+        raise CMRError(f'{path}: is damaged ({WrongValue.line("version", version, f"give {VERSION}")}); {AGAIN}')
+    if version != VERSION:
+        made = 'an older' if version < VERSION else 'a newer'
+        raise CMRError(f'{path.parent}: a cache of version {version}, made by {made} cmr_diffusion, and this one reads '
+                       f'version {VERSION}; {AGAIN}')
+
 def read_settings(
     folder: Path,  # of the cache
 ) -> CacheSettings:
     "Read `cache.json`; `CMRError` where there is no cache of this version, or where a value is wrong."
-    if not folder.is_dir(): raise CMRError(f'{folder}: no such folder; make a cache with cmr_prepare')
+    problem = 'is a file, not the folder of a cache' if folder.exists() else 'no such folder'
+    if not folder.is_dir(): raise CMRError(f'{folder}: {problem}; make a cache with cmr_prepare')
     path = folder/'cache.json'
     if not path.is_file(): raise CMRError(f'{folder}: not a cache (no cache.json); make one with cmr_prepare')
     read = json_of(path, AGAIN)
-    version = read.get('version') if isinstance(read, dict) else None
-    if version != VERSION:
-        raise CMRError(f'{folder}: a cache of version {version}, this program reads version {VERSION}; {AGAIN}')
+    _check_version(read, path)
     return validated(CacheSettings, read, path, AGAIN)
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn010
@@ -163,7 +185,7 @@ class CohortCache:
     """A cohort on disk as the network's samples: slices by position, 0 to `len(cache) - 1`.
 
     Methods: `rows` finds positions, `slice(i)` gives a slice as acquired, `grid(i)` lays it on the grid, and
-    `sample(i)` gives what the network is trained on.
+    `sample(i)` gives what the network is trained on; `check` reads all slices.
 
     Args:
         folder: a folder that `prepare` wrote.
@@ -230,7 +252,17 @@ def _mapped(self: CohortCache, i: int) -> Slice:
     n, spacing = math.prod(shape), (float(at['row_spacing']), float(at['column_spacing']))
     pixels = np.frombuffer(self._pixels, at['dtype'].decode(), n, int(at['offset'])).reshape(shape)
     labels = np.frombuffer(self._labels, np.uint8, n, int(at['label_offset'])).reshape(shape)
+    if _checksum(at, pixels, labels) != at['checksum']:
+        raise CMRError(f'{self.folder}: slice {i} differs from what was written: {AGAIN}')
     return Slice(pixels, spacing, name, labels, robust_max=float(at['robust_max']), unit=self.values[name].unit)
+
+# %% ../../nbs/21b_grid.cache_files.ipynb #21bn048
+@patch
+def check(
+    self: CohortCache,
+) -> None:
+    "Raise `CMRError` where a slice differs from what was written."
+    for i in range(len(self)): self._mapped(i)
 
 # %% ../../nbs/21b_grid.cache_files.ipynb #21bn024
 @patch

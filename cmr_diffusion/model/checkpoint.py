@@ -26,7 +26,7 @@ from .ddpm import DDPMDenoiser, DDPMRecipe, make_denoiser, RECIPES, recipe_to_js
 from .edm import EDMDenoiser, EDMRecipe, Guided
 from .sdm import SDM, SDMConfig
 from ..results import check_finished, result
-from ..validation import configuration, json_of, validated
+from ..validation import configuration, json_of, validated, WrongValue
 
 # %% ../../nbs/36_model.checkpoint.ipynb #230005
 @dataclass
@@ -172,6 +172,18 @@ def _filled(read: dict) -> dict:
     return full if kind is None else full | dict(recipe=whole(kind[0], recipe))
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n001
+def _check_format(read: Any, path: Path):
+    "Raise `CMRError` where the content of a config.json is of no format that this version reads."
+    number, wrote = (read.get(name) if isinstance(read, dict) else None for name in ('format', 'cmr_diffusion'))
+    whole = type(number) is int
+    if whole and number in (1, FORMAT): return
+    if whole and number > FORMAT and isinstance(wrote, str) and wrote != __version__:
+        raise CMRError(f'{path}: a checkpoint of format {number}, written by cmr_diffusion {wrote[:20]}; version '
+                       f'{__version__} reads the formats 1 and {FORMAT}; install the version that wrote it')
+    found = WrongValue.line('format', number, f'give 1 or {FORMAT}') if number is not None else 'format is missing'
+    raise CMRError(f'{path}: damaged, or not written by cmr_train ({found}); {AGAIN}, '
+                   'or give a run of cmr_train or its checkpoint folder')
+
 def read_config(
     folder: Path,  # checkpoint folder
 ) -> CheckpointSettings:
@@ -181,12 +193,8 @@ def read_config(
         raise CMRError(f'{folder}: not a checkpoint (no readable config.json); '
                        'give a run of cmr_train or its checkpoint folder')
     read = json_of(path, AGAIN)
-    number = read.get('format') if isinstance(read, dict) else None
-    if number not in (1, FORMAT):
-        wrote = read.get('cmr_diffusion') if isinstance(read, dict) else None
-        raise CMRError(f'{folder}: checkpoint of format {number}, this program reads {FORMAT} and 1; '
-                       f'use the version that wrote it ({wrote})')
-    settings = validated(CheckpointSettings, _filled(read) if number == 1 else read, path, AGAIN)
+    _check_format(read, path)
+    settings = validated(CheckpointSettings, _filled(read) if read['format'] == 1 else read, path, AGAIN)
     _check_recipe(settings.recipe, path)
     _check_limits('model', settings.model, path)
     return settings

@@ -22,7 +22,7 @@ from pydantic import Field
 from .. import __version__
 from ..cohort.semmelweis_writing import write_notes
 from ..cohort.slices import fingerprint, row_states
-from ..core import choose_device, choose_precision, hold_memory, stable_seed
+from ..core import choose_device, choose_precision, CMRError, hold_memory, stable_seed
 from ..grid.cache import CohortCache
 from ..grid.geometry import Geometry, GridSlice
 from ..model.checkpoint import Checkpoint, load_checkpoint
@@ -138,6 +138,12 @@ def _check_words(checkpoint, out, spacing, sampler: str, precision: str):
     check_sampler(sampler)
     choose_precision(precision)
 
+def _check_type(checkpoint: Checkpoint, image_type: str | None):
+    "Raise `CMRError` where a model does not know an image type."
+    known = [name for name, _ in checkpoint.spec.types]
+    if image_type is None or image_type in known: return
+    raise CMRError(f'type {image_type!r}: the model was trained on {", ".join(known)}')
+
 def _training_of(checkpoint: Checkpoint) -> dict:
     "The run and the steps of the training of a model, as far as it knows them."
     run_id, steps = (checkpoint.info.get(name) for name in ('run_id', 'steps'))
@@ -228,7 +234,7 @@ def synthesize(
     with several(torch.device(device).type):
         c = ready_model(checkpoint, device)
         geometry, precision = other_spacing(c.geometry, spacing), choose_precision(precision, device)
-        if type is not None: c.spec.structures(type)  # raises where the model does not know it
+        _check_type(c, type)
         check_masks(masks, rows, geometry, c.spec, type)
         plan, weights = Plan(rows, type, per_mask, seed), c.digest()
         painting = dict(guidance=guidance, steps=steps, sampler=sampler, precision=precision)

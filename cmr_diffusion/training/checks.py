@@ -179,7 +179,12 @@ class SampleGrid(Callback):
     def after_epoch(self):
         step = objective_of(self.learn).steps
         if not is_main() or has_figure('samples/grid', step): return
-        log_figure(sample_figure(self.checkpoint, self.dls.cache, **self.options), 'samples/grid', step)
+        try: figure = sample_figure(self.checkpoint, self.dls.cache, **self.options)
+        except CMRError as e:
+            guard = getattr(self.learn, 'divergence_guard', None)
+            if guard is None or 'no finite numbers' not in str(e): raise
+            guard.end('the network paints no finite numbers')
+        log_figure(figure, 'samples/grid', step)
 
 # %% ../../nbs/40a_training.checks.ipynb #40an019
 def keep_checkpoint(

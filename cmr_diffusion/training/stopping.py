@@ -6,7 +6,7 @@
 __all__ = ['Stopped', 'StopFlag', 'stop_signals', 'resume_line', 'ResumeWriter']
 
 # %% ../../nbs/40f_training.stopping.ipynb #40fn031
-import shlex, signal, threading, time
+import os, shlex, signal, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,23 +39,37 @@ class Stopped(KeyboardInterrupt):
 class StopFlag:
     "Whether a signal has come."
     number: int = 0  # of the signal; 0: none has come
+    since: float = 0.  # when it came, on the monotonic clock
 
 # %% ../../nbs/40f_training.stopping.ipynb #40fn036
+_STOPPING = 'SIGINT', 'SIGTERM', 'SIGHUP'
+
+def _turn_away(terminals: list[int]):
+    "Write to nowhere instead of to terminals that are gone, where each line would be an error."
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in terminals: os.dup2(nowhere, fd)
+    os.close(nowhere)
+
+# %% ../../nbs/40f_training.stopping.ipynb #40fn000
 @contextmanager
 def stop_signals():  # yields a `StopFlag`
-    "For the length of a block, the first SIGINT or SIGTERM sets a flag; the second one acts as before."
-    flag, before = StopFlag(), {}
+    "For the length of a block, the first SIGINT, SIGTERM or SIGHUP sets a flag; a later one acts as before."
+    flag, before, terminals = StopFlag(), {}, [fd for fd in (1, 2) if os.isatty(fd)]
     def restore():
         for number, handler in before.items(): signal.signal(number, handler)
     def note(number, frame):
-        restore()
-        flag.number = number
+        if flag.number and time.monotonic() - flag.since > 1:
+            restore()
+            return signal.raise_signal(number)
+        if flag.number: return
+        flag.number, flag.since = number, time.monotonic()
+        if number == getattr(signal, 'SIGHUP', None): _turn_away(terminals)
         logger.warning('%s: finishing the step and writing a resume point; a second one ends the training at once',
                        signal.Signals(number).name)
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (getattr(signal, name) for name in _STOPPING if hasattr(signal, name)):
             handler = signal.getsignal(number)
-            if handler is None: continue  # one that Python did not set and cannot restore
+            if handler in (None, signal.SIG_IGN): continue  # None: Python did not set it and cannot restore it
             before[number] = handler
             signal.signal(number, note)
     try: yield flag
