@@ -26,7 +26,7 @@ def check_model_name(
         raise CMRError(f'alias {alias!r}: give letters, digits, - and _, and neither latest nor v and a number')
 
 def _has_checkpoint(uri: str, run) -> bool:
-    "Whether a run has a checkpoint; the server is asked where it keeps the files."
+    "Whether a run has a checkpoint; if a server keeps the files, it is asked."
     folder = run_folder(uri, run)
     if folder is not None: return (folder/CHECKPOINT).is_dir()
     return any(file.path == CHECKPOINT for file in open_client(uri).list_artifacts(run.info.run_id))

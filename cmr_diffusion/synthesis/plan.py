@@ -28,7 +28,7 @@ def slice_names(
     rows: pd.DataFrame,  # of the cohort table: patient, type, slice
     image_type: str | None = None,  # to paint; None: each mask's own
 ) -> list[str]:  # one per row
-    "Name the synthetic slices so that no two of a patient and a type have one name."
+    "Name the synthetic slices so that no two slices of a patient and a type have the same name."
     taken, names = set(), []
     for row in rows.itertuples():
         numbered = (row.slice if n == 1 else f'{row.slice}_{n}' for n in count(1))
@@ -44,7 +44,7 @@ def synthetic_patients(
     per_mask: int,  # repetitions
     seed: int,  # of the cohort
 ) -> np.ndarray:  # (patients, per_mask) int64, numbers from 1
-    "Number the synthetic patient of each source and repetition, in an order that tells nothing of the source."
+    "Number the synthetic patient of each source and repetition, in an order that says nothing about the source."
     keys = (stable_seed('synthetic patient', seed, patient, n) for patient in patients for n in range(per_mask))
     order = np.argsort(np.fromiter(keys, np.int64, len(patients) * per_mask), kind='stable')
     numbers = np.empty(len(order), np.int64)
@@ -96,7 +96,7 @@ class Plan:
 def by_patient(
     plan: Plan,  # of the cohort
 ) -> Iterator[int]:  # index
-    "Yield the indices of all images, by the number of their synthetic patient."
+    "Yield the indices of all images in the order of the numbers of their synthetic patients."
     rows_of = np.split(np.argsort(plan.sources, kind='stable'), np.cumsum(np.bincount(plan.sources))[:-1])
     for place in np.argsort(plan.patients, axis=None):
         source, n = divmod(int(place), plan.per_mask)
@@ -114,7 +114,7 @@ def mask_reference(
     cmr_slice: Slice,  # the mask's, as acquired
     row_id: str,  # its `id` in the cohort table
 ) -> str:  # 32 hexadecimal digits
-    "Make a reference to a mask that only those can follow who have the image of the mask."
+    "Make a reference to a mask that can be followed only with the image of the mask."
     pixels = np.ascontiguousarray(cmr_slice.pixels, '<f4')
     digest = hashlib.blake2b(repr((str(row_id), pixels.shape)).encode(), digest_size=16)
     digest.update(pixels)

@@ -45,7 +45,7 @@ class StopFlag:
 _STOPPING = 'SIGINT', 'SIGTERM', 'SIGHUP'
 
 def _turn_away(terminals: list[int]):
-    "Write to nowhere instead of to terminals that are gone, where each line would be an error."
+    "Let output go to nowhere instead of to terminals that are gone."
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in terminals: os.dup2(nowhere, fd)
     os.close(nowhere)
@@ -138,7 +138,7 @@ def write(self: ResumeWriter,
     epoch: int,  # that is going on, or comes next
     step_in_epoch: int = 0,  # how many of its steps are done
 ):
-    "Write a resume point and remove old ones; `CMRError` where that fails: the one before stays."
+    "Write a resume point and remove old ones; raise `CMRError` if that fails, and leave the point before."
     guard = getattr(self.learn, 'divergence_guard', None)
     if step_in_epoch and guard is not None: guard.finite_losses()
     step = objective_of(self.learn).steps
@@ -162,7 +162,7 @@ def end(self: ResumeWriter):
 # %% ../../nbs/40f_training.stopping.ipynb #40fn047
 @patch
 def skip(self: ResumeWriter):
-    "Begin where the point is: let the clock go on, and let the loader pass over the steps that are done."
+    "Begin where the point is: let the clock go on, and let the loader skip the steps that are done."
     state = self.point.state
     self.last, self.begun = state.step, self.clock() - state.seconds
     self.dls.train.start = state.step_in_epoch
@@ -172,7 +172,7 @@ def skip(self: ResumeWriter):
 
 @patch
 def go_on(self: ResumeWriter):
-    "Give back what the point holds."
+    "Give the learner and the random generators back what the point holds."
     point, self.point = self.point, None
     state = point.state
     remind(self.learn, point.tensors, state.callbacks)
