@@ -106,13 +106,15 @@ def _end(run: Run, status: str, reason: str | None):
     "Close a run; what made it fail is kept as its tag `reason`."
     if not is_main(): return
     sender = sender_of(run.id)
-    try:
+    def close():
         with store_errors(run.uri):
             if reason: run.client.set_tag(run.id, 'reason', reason[:500])
             run.client.set_terminated(run.id, status)
-    except CMRError as e:
+    try: close()
+    except CMRError:
         if status == 'FINISHED': raise
-        logger.warning('%s; the run %s stays open there', e, run.name)
+        try: close()  # PyTorch raises the death of a loader's process anywhere, so that it may have come in between
+        except CMRError as e: logger.warning('%s; the run %s stays open there', e, run.name)
     finally:
         if sender is not None: sender.close()
 

@@ -1,11 +1,12 @@
 """A tiny pipeline, run once by the installed commands as a user would type them, that the tests then look at."""
-import contextlib, io, os, runpy, subprocess, sys
+import contextlib, io, os, runpy, signal, subprocess, sys
 from pathlib import Path
 
 import pydicom
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
 
 class Workplace:
