@@ -7,6 +7,7 @@ __all__ = ['cmr_phantom', 'cmr_check', 'cmr_prepare', 'cmr_train', 'cmr_sync', '
 
 # %% ../nbs/70_cli.ipynb #700i00
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -145,8 +146,9 @@ def cmr_train(
 def _say_trained(cache: str, run_id: str, folder: Path | None, name: str | None):
     "Say where a training and its checkpoint are; register the model where a name is given."
     from cmr_diffusion.tracking import CHECKPOINT, find_run, ui_command
-    try: called = f'{find_run(run_id).info.run_name} ({run_id})'
-    except CMRError: called = run_id
+    called = run_id  # a server may have gone away, and is not asked
+    with suppress(CMRError):
+        if folder is not None: called = f'{find_run(run_id).info.run_name} ({run_id})'
     print(f'run {called}, {CHECKPOINT} {folder or "with the run"}')
     if name is not None:
         from cmr_diffusion.registry import register
@@ -160,8 +162,9 @@ def _say_trained(cache: str, run_id: str, folder: Path | None, name: str | None)
 @command
 def cmr_sync():
     "Send what trainings could not send to their MLflow server because it was away."
-    from cmr_diffusion.outbox import sync_pending
+    from cmr_diffusion.outbox import something_waits, sync_pending
     print(sync_pending())
+    if something_waits(): raise SystemExit(1)
 
 # %% ../nbs/70_cli.ipynb #500019
 @command

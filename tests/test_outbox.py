@@ -9,7 +9,7 @@ import pytest
 from cmr_diffusion import outbox, sender, store_checks, stores, tracking
 from cmr_diffusion.core import CMRError
 from cmr_diffusion.left_runs import process_tags
-from cmr_diffusion.outbox import Outbox, sync_pending
+from cmr_diffusion.outbox import Outbox, something_waits, sync_pending
 from cmr_diffusion.registry import register
 from cmr_diffusion.tracking import (
     check_store, find_run, log_config, log_figure, log_folder, log_metrics, log_tags, open_run, resolve_run,
@@ -199,6 +199,7 @@ def test_a_server_that_does_not_come_back(server, monkeypatch, caplog, tmp_path)
     other.kill()
     other.wait()
     waits = sync_pending()
+    assert something_waits()
     assert f'run unsent ({run.id}): ' in waits
     assert f'entries wait in {tmp_path}/mlruns/pending/{run.id}: MLflow store' in waits
     server.start()

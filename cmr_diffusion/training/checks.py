@@ -217,10 +217,12 @@ class ProgressBar(Callback):
         layout = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}'
         options = dict(unit='%', bar_format=layout, delay=0, every=None)  # with a delay, `close` would leave it there
         self.bar, self.begun = progress(total=100, description='training', **options), time.monotonic()
+        self.share_before = None  # of the training, when this process has begun
 
     def before_train(self): self.started, self.images = time.monotonic(), 0
     def after_batch(self):
         self.images += len(self.yb[0]) * world_size()
+        if self.share_before is None: self.share_before, self.bar.initial = self.pct_train, 100 * self.pct_train
         if self.iter % 20: return
         self.note_speed()
         self.bar.n, step = min(100 * self.pct_train, 100), objective_of(self.learn).steps
@@ -240,8 +242,9 @@ class ProgressBar(Callback):
 def line(self: ProgressBar) -> str:
     "Return what is told at a check: how far the training is, its losses, its speed, and how long the rest will take."
     share, seconds = (self.epoch + 1) / self.n_epoch, time.monotonic() - self.begun
+    own = max(share - (self.share_before or 0.), 1e-9)  # what this process has done
     names = zip(('loss', 'validation'), self.recorder.values[-1])
     losses = ''.join(f', {name} {value:.3f}' for name, value in names if value is not None)
-    left = self.bar.format_interval(seconds * (1 - share) / share)
+    left = self.bar.format_interval(seconds * (1 - share) / own)
     done = f'step {objective_of(self.learn).steps} ({100 * share:.0f} %)'
     return f'{done}{losses}, {self.speed:.0f} images/s, {left} left'

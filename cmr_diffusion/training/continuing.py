@@ -88,7 +88,8 @@ def point_to_resume(
                        f'a new one from its checkpoint (--init {found.info.run_id})')
     point = newest_point(points)
     if found.info.status != 'FINISHED' or point.state.epoch < point.state.epochs: return found.info.run_id, point
-    logger.info('%s has finished: there is nothing to resume', named)
+    logger.info('%s has finished: there is nothing to resume. To train its network further, start a new run with '
+                '--init %s', named, found.info.run_id)
     return found.info.run_id, None
 
 # %% ../../nbs/40g_training.continuing.ipynb #40gn048

@@ -21,7 +21,7 @@ from ..grid.loaders import GridLoaders, make_dataloaders
 from ..model.checkpoint import Checkpoint
 from ..model.fast_spade import compile_network, fast as make_fast
 from ..model.sdm import SDM
-from ..tracking import check_store, open_run, start_run
+from ..tracking import CHECKPOINT, check_store, open_run, start_run
 from .callbacks import (
     ConditionDropout, EMACallback, Noising, Objective, ShuffledMaskLoss, SigmaQuartileLoss, StreamPosition, TimeBox,
     WarmUpCosine, mean_loss, network_parameters)
@@ -216,7 +216,7 @@ def _train(cache, config, experiment, run_name, init, device, run_id, point: Res
                 with only_here(run_id), opened as run, only_here(run.id):
                     run_id = run.id
                     _fit_in_run(learn, config, point, digest, save_every, flag)
-                return run_id, checkpoint_of(run_id)
+                return run_id, None if run.folder is None else run.folder/CHECKPOINT
             except BatchTooLarge as e:
                 if not auto or config.batch_size == 1 or world_size() > 1: raise
                 logger.warning('%s. It goes on with half of them', str(e).partition(';')[0])
