@@ -5,14 +5,13 @@ import contextlib, io, logging, os, sys, time, warnings
 from importlib import import_module
 
 from . import __version__
-from .processes import rank, world_size
+from .processes import is_lost, rank, world_size
 
 COMMANDS = {  # name -> module of its function, `cmr_<name>`; it says what the command does
     'phantom': 'cli', 'check': 'cli', 'prepare': 'cli', 'train': 'cli', 'sample': 'cli', 'evaluate': 'cli',
     'demo': 'cli', 'sync': 'cli'}
 SEVERAL = ('train', 'sample')  # these can be started in several processes
 PATIENCE = 10  # seconds in which torchrun ends this process where the main one, which says why, has failed
-LOST = 'gloo', 'NCCL', 'Connection closed', 'Connection reset'  # words of an error where another process is gone
 
 
 def help_text():
@@ -69,7 +68,7 @@ def main():
     try: return quiet_call(name, words, number) if number else call(name, words)
     except Exception as e:
         if number: time.sleep(PATIENCE)
-        elif any(word in str(e) for word in LOST):
+        elif is_lost(e):
             print(f'cmr_{name}: ended, since another process has', file=sys.stderr)
             return 1
         raise

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['joined', 'world_size', 'rank', 'is_main', 'own_rows', 'check_dealt', 'several', 'from_main', 'any_process', 'barrier',
-           'sum_of_processes', 'mean_of_processes']
+           'is_lost', 'sum_of_processes', 'mean_of_processes']
 
 # %% ../nbs/00h_processes.ipynb #00hi00
 import os, sys
@@ -107,6 +107,14 @@ def any_process(
 def barrier():
     "Wait until all processes are here."
     any_process(False)
+
+def is_lost(
+    error: Exception,  # of this process
+) -> bool:
+    "Return whether an error says that another process is gone."
+    return world_size() > 1 and any(words in str(error) for words in _LOST)
+
+_LOST = 'gloo', 'NCCL', 'Connection closed', 'Connection reset'
 
 # %% ../nbs/00h_processes.ipynb #00hn018
 def sum_of_processes(

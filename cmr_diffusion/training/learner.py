@@ -33,9 +33,9 @@ from .continuing import (
     adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, log_settings, only_here,
     out_of_memory, point_to_resume, resume_folder, tell_start, weights_of)
 from .model import SDMLearner, new_denoiser, start_from
-from ..processes import check_dealt, is_main, several, world_size
+from ..processes import check_dealt, is_lost, is_main, several, world_size
 from .resume import learn_again, newest_point, points_in, ResumePoint
-from .stopping import ResumeWriter, stop_signals, StopFlag
+from .stopping import resume_line, ResumeWriter, stop_signals, StopFlag
 from ..validation import checked
 
 from fastai.callback.training import GradientClip
@@ -197,6 +197,9 @@ def _fit_in_run(
         with closing(ProgressBar()) as bar, learn.no_bar(), learn.no_logging(), learn.in_processes():
             learn.fit(config.epochs, cbs=[*run_callbacks(learn, config), bar, writer], start_epoch=first)
     except Exception as e:
+        if is_lost(e):
+            raise CMRError('ended, since another process has; this goes on with it: '
+                           f'{resume_line(learn.dls.cache.folder, run.id)}') from e
         if not out_of_memory(e): raise
         raise BatchTooLarge(f'the memory of {learn.dls.device} is too small for {config.batch_size} slices per step; '
                             'give a smaller batch, or auto') from e
