@@ -7,7 +7,7 @@ The first row, the plain network of chapter 30 in float32, is the published math
 for the original. The rows after it exchange the layers of one speed-up each (chapters 30b and 31). Peers that are not
 installed (the `bench` extra) are named as missing. The report goes to
 `benchmarks/results/network_<device>_<width>.md`."""
-import argparse, functools, math, os, platform, statistics, subprocess, sys, time
+import argparse, functools, math, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from cmr_diffusion.model.fused_layers import FastAttention, FastGroupNorm, FastR
 from cmr_diffusion.model.neighbourhoods import LOOKUP_COST, find_neighbourhoods
 from cmr_diffusion.model.samplers import sample
 from cmr_diffusion.model.sdm import SDM, SPADE, ResBlock, SDMConfig
+
+from writing import print_and_keep
 
 CLASSES, GUIDANCE, STEPS, PUBLISHED_STEPS = 7, 1.5, 20, 1000
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -369,16 +371,8 @@ def main():
     p.add_argument('--out', type=Path, default=None)
     args = p.parse_args()
     if args.peak: return print_peak(args)
-    parts = []
-    for part in report(args):
-        parts.append(part)
-        print(part, end='\n\n', flush=True)
     out = args.out or Path(__file__).parent/'results'/f'network_{DEVICE}_{args.width}.md'
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix('.tmp')
-    temporary.write_text('\n\n'.join(parts) + '\n')
-    os.replace(temporary, out)
-    print(out)
+    print_and_keep(report(args), out)
 
 
 if __name__ == '__main__': main()

@@ -12,6 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from writing import print_and_keep
+
 SETTINGS = {'1 process, 1 thread': (1, 1), '2 processes, 1 thread each': (2, 1), '1 process, 2 threads': (1, 2)}
 SIZES = dict(tiny=64, small=64, base=128)  # pixels per side
 BATCH = dict(tiny=16, small=16, base=4)  # slices per step, of all processes together
@@ -257,16 +260,8 @@ def main():
     if args.work:
         what, folder, out = args.work
         return dict(rates=work, costs=costs)[what](folder, out, args.presets, args.steps)
-    parts = []
-    for part in report(args):
-        parts.append(part)
-        print(part, end='\n\n', flush=True)
     out = args.out or Path(__file__).parent/'results'/f'processes_{platform.machine()}_{os.cpu_count()}cores.md'
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix('.tmp')
-    temporary.write_text('\n\n'.join(parts) + '\n')
-    os.replace(temporary, out)
-    print(out)
+    print_and_keep(report(args), out)
 
 
 if __name__ == '__main__': main()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRUCTURES', 'BACKGROUND', 'MYOCARDIUM', 'LEFT_VENTRICLE', 'RIGHT_VENTRICLE', 'PADDING', 'logger', 'IMAGE_TYPES',
-           'PRECISIONS', 'CMRError', 'BadData', 'one_line', 'ImageType', 'type_named', 'time_factor', 'unit_named',
-           'canonical_type', 'doubtful_type', 'Slice', 'GridSlices', 'stable_seed', 'choose_device', 'choose_precision',
-           'hold_memory', 'shared_data']
+           'PRECISIONS', 'CMRError', 'BadData', 'Stopped', 'one_line', 'ImageType', 'type_named', 'time_factor',
+           'unit_named', 'canonical_type', 'doubtful_type', 'Slice', 'GridSlices', 'stable_seed', 'choose_device',
+           'choose_precision', 'hold_memory', 'shared_data']
 
 # %% ../nbs/00_core.ipynb #000i00
 import ctypes, hashlib, logging, math, os, re
@@ -51,6 +51,16 @@ class BadData(CMRError):
     ) -> 'BadData':
         "The same error, naming the file."
         return self if str(path) in str(self) else BadData(f'{path}: {self}', self.kind)
+
+# %% ../nbs/00_core.ipynb #00sn002
+class Stopped(KeyboardInterrupt):
+    "A command was asked to stop, and has stopped; its text says how to go on."
+    def __init__(self,
+        text: str,  # what to tell; the command that goes on stands at its end
+        number: int,  # of the signal
+    ):
+        super().__init__(text)
+        self.code = 128 + number  # of the process at its end, as shells count
 
 # %% ../nbs/00_core.ipynb #00d001
 def one_line(

@@ -12,6 +12,7 @@ from pathlib import Path
 from .core import CMRError, logger
 from .outbox import Outbox
 from .output import began
+from .rooms import boot_id
 from .stores import open_client, silence, store_errors, store_exists
 
 # %% ../nbs/01g_left_runs.ipynb #01gn005
@@ -26,7 +27,7 @@ def process_tags(
     "Return the tags of a run that a process writes."
     pid, machine = pid or os.getpid(), f'{_said("/etc/machine-id")} {_said("/proc/self/ns/pid")}'
     host = f'{socket.gethostname()} {hashlib.blake2b(machine.encode(), digest_size=4).hexdigest()}'
-    return {'cmr.pid': str(pid), 'cmr.host': host, 'cmr.boot': _said('/proc/sys/kernel/random/boot_id'),
+    return {'cmr.pid': str(pid), 'cmr.host': host, 'cmr.boot': boot_id(),
             'cmr.started': began(pid)}
 
 # %% ../nbs/01g_left_runs.ipynb #01gn006

@@ -86,3 +86,15 @@ def trained(place, cache):
 def synthetic(place, cache, trained):
     place.must('cmr_sample', trained, '--masks', cache, 'synthetic', '--steps', 3, '--per_mask', 1, '--device', 'cpu')
     return place.folder/'synthetic'
+
+
+@pytest.fixture(scope='session')
+def template(tmp_path_factory):
+    "A store as the first training makes it."
+    from cmr_diffusion.tracking import check_store
+    folder = tmp_path_factory.mktemp('template')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MLFLOW_TRACKING_URI', f'sqlite:///{folder}/mlflow.db')
+        patch.delenv('IN_TEST', raising=False)
+        check_store(write=True)
+    return folder/'mlflow.db'

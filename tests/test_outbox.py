@@ -74,17 +74,6 @@ def server(mlflow_server, monkeypatch, tmp_path):
     return mlflow_server
 
 
-@pytest.fixture(scope='module')
-def template(tmp_path_factory):
-    "A store as the first training makes it."
-    folder = tmp_path_factory.mktemp('template')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('MLFLOW_TRACKING_URI', f'sqlite:///{folder}/mlflow.db')
-        patch.delenv('IN_TEST', raising=False)
-        check_store(write=True)
-    return folder/'mlflow.db'
-
-
 @pytest.fixture
 def local(monkeypatch, template, tmp_path):
     "A local store in a folder of its own."

@@ -13,17 +13,6 @@ from cmr_diffusion.tracking import (
 FUTURE = 'fb000000abcd'  # a schema that no MLflow has
 
 
-@pytest.fixture(scope='module')
-def template(tmp_path_factory):
-    "A store as the first training makes it."
-    folder = tmp_path_factory.mktemp('template')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('MLFLOW_TRACKING_URI', f'sqlite:///{folder}/mlflow.db')
-        patch.delenv('IN_TEST', raising=False)
-        check_store(write=True)
-    return folder/'mlflow.db'
-
-
 @pytest.fixture
 def use(monkeypatch, tmp_path):
     "Use a store by its address, in a working directory of its own."

@@ -15,6 +15,7 @@ import pandas as pd
 from PIL import Image, ImageColor, ImageDraw
 
 from .. import charts
+from .checks import registering
 from .contour_checks import crossings
 from .files import load_slice, read_image, row_contours
 from .rows import is_of_label
@@ -70,10 +71,7 @@ def notice(
     kind: str,  # of the finding, as 'small loop'
 ):  # a decorator
     "Register a function(row) that yields a message for each thing to know about a usable slice."
-    def register(function):
-        NOTICES[kind] = function
-        return function
-    return register
+    return registering(NOTICES, kind)
 
 # %% ../../nbs/17_cohort.quality.ipynb #17n026
 @notice('missing spacing')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'Records', 'image_digest', 'keep_image', 'missing_images', 'dealt_batches', 'shared_room', 'wait_for_all',
-           'same_command', 'stopped_line', 'PaintingStopped', 'stoppable', 'write_manifest', 'with_sources']
+           'same_command', 'stopped_line', 'stoppable', 'write_manifest', 'with_sources']
 
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn002
 import hashlib, math, os, shlex, signal, sys, threading, time
@@ -21,7 +21,7 @@ from fastcore.basics import chunked
 from pyarrow import parquet
 
 from ..cohort.semmelweis_writing import slice_files, write_slice
-from ..core import CMRError, logger
+from ..core import CMRError, logger, Stopped
 from ..grid.cache import CohortCache
 from ..grid.geometry import GridSlice, unplace
 from ..processes import barrier, from_main, is_main, rank, world_size
@@ -167,28 +167,18 @@ def stopped_line(
     command = same_command()
     return f'{there}; go on with: {command}' if command else f'{there}, and the same call goes on'
 
-# %% ../../nbs/50d_synthesis.records.ipynb #50dn044
-class PaintingStopped(KeyboardInterrupt):
-    "A signal has ended the painting; `code` is the exit code that a command has then."
-    def __init__(self,
-        message: str,  # one line
-        number: int,  # of the signal
-    ):
-        super().__init__(message)
-        self.code = 128 + number
-
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn042
 @contextmanager
 def stoppable(
     message: Callable[[], str],  # gives the line to say
 ):
-    "Within a block, let SIGTERM and SIGINT raise `PaintingStopped`; only the main thread of a program can do that."
+    "Within a block, let SIGTERM and SIGINT raise `Stopped`; only the main thread of a program can do that."
     own = os.getpid()
 
     def stop(number, frame):
         if os.getpid() != own: os._exit(128 + number)  # a process that was forked in the block
         for each, handler in earlier.items(): signal.signal(each, handler)
-        raise PaintingStopped(message(), number)
+        raise Stopped(message(), number)
     earlier = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
