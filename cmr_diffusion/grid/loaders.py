@@ -26,6 +26,7 @@ from ..cohort.slices import load_slices
 from .cache import CohortCache
 from .condition import Condition, ConditionSpec, recoded
 from .geometry import Geometry, GridSlice, place
+from .tissue import measure
 from .values import ValueTransform
 from ..processes import own_rows
 from ..validation import checked
@@ -199,10 +200,13 @@ class GridLoader(DataLoader):
 def images_and_condition(
     batch: tuple[Tensor, Tensor, Tensor],  # images, class numbers and spacing
     spec: ConditionSpec,  # of the channels
-) -> tuple[Tensor, Condition]:  # images (B, 1, S, S) in network units; label maps, types and spacing
+    centres: dict[str, float] = {},  # image type -> mean of its training images; {}: all 0
+    transforms: dict[str, ValueTransform] | None = None,  # by image type; None: no tissue values are measured
+) -> tuple[Tensor, Condition]:  # images (B, 1, S, S) in network units; label maps, types, spacing, tissue values
     "Split a batch into what is painted and the condition that it is painted into."
     images, classes, spacing = batch
-    return images, Condition(classes, spacing, spec.channels)
+    values = None if transforms is None else measure(images, classes, spec, transforms)
+    return images, Condition(classes, spacing, spec.channels, spec.centre_of(classes, centres), values)
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n034
 @patch

@@ -21,6 +21,7 @@ from .. import __version__
 from ..core import CMRError, one_line
 from ..grid.condition import ConditionSpec
 from ..grid.geometry import Geometry
+from ..grid.tissue import TissueModel
 from ..grid.values import ValueTransform
 from .ddpm import DDPMDenoiser, DDPMRecipe, make_denoiser, RECIPES, recipe_to_json
 from .edm import EDMDenoiser, EDMRecipe, Guided
@@ -37,6 +38,7 @@ class Checkpoint:
     values: dict[str, ValueTransform]  # by image type
     geometry: Geometry  # of the grid that the network was trained on
     info: dict = field(default_factory=dict)  # run_id, steps, images seen, settings of the training
+    tissue: TissueModel | None = None  # tissue values of the training patients; None: the network takes none
 
     @property
     def model(self) -> SDM:
@@ -58,7 +60,7 @@ def denoiser(self: Checkpoint,
     return Guided(type(self.denoise)(self.model.eval(), self.recipe, precision), guidance)
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n032
-FORMAT = 2  # of the folder; format 1 had no digest
+FORMAT = 3  # of the folder; format 1 had no digest, format 2 no tissue values and no centres
 AGAIN = 'copy the checkpoint again'  # what helps where a file is damaged
 
 def weights_digest(
@@ -103,7 +105,7 @@ def save_checkpoint(
         config = dict(format=FORMAT, cmr_diffusion=__version__, weights=weights_digest(room/'model.safetensors'),
                       model=asdict(c.model.config), recipe=recipe_to_json(c.recipe), spec=c.spec.types,
                       values={name: asdict(v) for name, v in c.values.items()}, geometry=asdict(c.geometry),
-                      info=c.info)
+                      info=c.info, tissue=None if c.tissue is None else asdict(c.tissue))
         (room/'config.json').write_text(json.dumps(config, indent=1))
     return Path(folder)
 
@@ -111,7 +113,7 @@ def save_checkpoint(
 @configuration
 class CheckpointSettings:
     "What `config.json` holds."
-    format: int  # `FORMAT`, or 1
+    format: int  # `FORMAT`, or an older one
     cmr_diffusion: str  # the version that wrote it
     weights: str  # digest of model.safetensors; '' in format 1
     model: SDMConfig  # shape of the network
@@ -120,6 +122,7 @@ class CheckpointSettings:
     values: dict[str, ValueTransform]  # by image type
     geometry: Geometry  # of the grid
     info: dict[str, Any]  # what the training notes
+    tissue: TissueModel | None  # tissue values of the training patients; None: the network takes none
 
     def __post_init__(self):
         try: channels = ConditionSpec(self.spec).channels
@@ -129,13 +132,17 @@ class CheckpointSettings:
         for name, _ in self.spec:
             if name not in self.values: raise CMRError(f'values of {name} are missing; {AGAIN}')
             if self.values[name].type != name: raise CMRError(f'values.{name} are of another type; {AGAIN}')
+        if self.model.values != (self.tissue is not None):
+            raise CMRError(f'tissue and model.values say different things; {AGAIN}')
+        if self.tissue is not None and len(self.tissue.names) > channels:
+            raise CMRError(f'tissue has {len(self.tissue.names)} channels, spec has {channels}; {AGAIN}')
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n036
 _LIMITS = dict(
     image_channels=(1, 16), width=(32, 4096), multipliers=(1, 64), blocks=(1, 32), attention=(1, 4096),
     head_channels=(0, 4096), heads=(1, 4096), hidden=(1, 4096), dropout=(0, .99), size=(1, 4096),
     sigma_data=(1e-6, 1e6), p_mean=(-100, 100), p_std=(1e-6, 100), sigma_min=(1e-9, 1e6), sigma_max=(1e-6, 1e9),
-    rho=(1e-3, 1e3), steps=(1, 1e6), vb_weight=(0, 1e9))
+    rho=(1e-3, 1e3), steps=(1, 1e6), vb_weight=(0, 1e9), centres=(-1e3, 1e3))
 
 def _check_limits(
     part: str,  # 'model' or 'recipe'
@@ -145,9 +152,10 @@ def _check_limits(
     "Raise `CMRError` where a number of a network or a recipe is beyond its limits."
     for name, (low, high) in _LIMITS.items():
         value = getattr(numbers, name, low)
+        if isinstance(value, dict): value = tuple(value.values())
         all_of = value if isinstance(value, tuple) else (value,)
-        empty = not all_of and name != 'attention'  # a network may have no attention
-        if empty or len(all_of) > 16 or not all(low <= v <= high for v in all_of):
+        empty = not all_of and name not in ('attention', 'centres')  # a network may have no attention
+        if empty or len(all_of) > (254 if name == 'centres' else 16) or not all(low <= v <= high for v in all_of):
             raise CMRError(f'{path}: {part}.{name} {value}: give {low:g} to {high:g}; {AGAIN}')
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n038
@@ -158,8 +166,15 @@ def _check_recipe(recipe: dict, path: Path):
     numbers = {k: v for k, v in recipe.items() if k != 'name'}
     _check_limits('recipe', validated(RECIPES[name][0], numbers, f'{path}: recipe', AGAIN), path)
 
+def _since_format_2(read: dict) -> dict:
+    "The content of a config.json of format 1 or 2, with what it lacks: it has no tissue values and no centres."
+    model, recipe = read.get('model'), read.get('recipe')
+    if isinstance(model, dict): model = dict(values=False) | model
+    if isinstance(recipe, dict) and recipe.get('name') == 'edm': recipe = dict(centres={}) | recipe
+    return dict(tissue=None) | read | dict(model=model, recipe=recipe)
+
 def _filled(read: dict) -> dict:
-    "The content of an older config.json, with the default values of what it lacks."
+    "The content of a config.json of format 1, with the default values of what it lacks."
     def whole(kind, part):
         defaults = {f.name: f.default for f in fields(kind) if isinstance(f.default, (bool, int, float, str, tuple))}
         return json.loads(json.dumps(defaults)) | part if isinstance(part, dict) else part
@@ -176,11 +191,11 @@ def _check_format(read: Any, path: Path):
     "Raise `CMRError` where the content of a config.json is of no format that this version reads."
     number, wrote = (read.get(name) if isinstance(read, dict) else None for name in ('format', 'cmr_diffusion'))
     whole = type(number) is int
-    if whole and number in (1, FORMAT): return
+    if whole and 1 <= number <= FORMAT: return
     if whole and number > FORMAT and isinstance(wrote, str) and wrote != __version__:
         raise CMRError(f'{path}: a checkpoint of format {number}, written by cmr_diffusion {wrote[:20]}; version '
-                       f'{__version__} reads the formats 1 and {FORMAT}; install the version that wrote it')
-    found = WrongValue.line('format', number, f'give 1 or {FORMAT}') if number is not None else 'format is missing'
+                       f'{__version__} reads the formats 1 to {FORMAT}; install the version that wrote it')
+    found = WrongValue.line('format', number, f'give 1 to {FORMAT}') if number is not None else 'format is missing'
     raise CMRError(f'{path}: damaged, or not written by cmr_train ({found}); {AGAIN}, '
                    'or give a run of cmr_train or its checkpoint folder')
 
@@ -194,7 +209,9 @@ def read_config(
                        'give a run of cmr_train or its checkpoint folder')
     read = json_of(path, AGAIN)
     _check_format(read, path)
-    settings = validated(CheckpointSettings, _filled(read) if read['format'] == 1 else read, path, AGAIN)
+    if read['format'] == 1: read = _filled(read)
+    if read['format'] < FORMAT: read = _since_format_2(read)
+    settings = validated(CheckpointSettings, read, path, AGAIN)
     _check_recipe(settings.recipe, path)
     _check_limits('model', settings.model, path)
     return settings
@@ -265,8 +282,9 @@ def load_checkpoint(
     Returns:
         A `Checkpoint`: `denoise` (the network in evaluation mode and its recipe), `spec` (the channels of the
         condition), `values` (by image type, network units to milliseconds or relative values and back), `geometry`
-        (grid size in pixels, spacing in mm), `info` (run, steps, settings). Its network `model` is the plain
-        semantic diffusion model; `paint` makes it fast.
+        (grid size in pixels, spacing in mm), `info` (run, steps, settings), `tissue` (distribution of the training
+        patients' tissue values, or None). Its network `model` is the plain semantic diffusion model; `paint` makes it
+        fast.
 
     Raises:
         CMRError: the folder is no checkpoint, is of another format, or holds an odd value in `config.json`; its
@@ -278,4 +296,5 @@ def load_checkpoint(
     settings = read_config(folder)
     model = _network(settings, read_weights(folder, settings), folder)
     denoise = make_denoiser(model=model.to(device, memory_format=torch.channels_last).eval(), **settings.recipe)
-    return Checkpoint(denoise, ConditionSpec(settings.spec), settings.values, settings.geometry, settings.info)
+    return Checkpoint(denoise, ConditionSpec(settings.spec), settings.values, settings.geometry, settings.info,
+                      settings.tissue)

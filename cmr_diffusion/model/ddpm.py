@@ -28,6 +28,7 @@ class DDPMRecipe:
     schedule: str = 'linear'  # 'linear' (beta 1e-4 to 0.02) or 'cosine'
     steps: int = 1000  # T
     vb_weight: float = 1.0  # of the variational bound in the loss
+    centres: ClassVar[dict[str, float]] = {}  # images are not centred
 
     def __post_init__(self):
         if self.schedule in ('linear', 'cosine'): return

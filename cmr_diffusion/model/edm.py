@@ -8,7 +8,7 @@ __all__ = ['Prepared', 'per_image', 'Denoiser', 'EDMRecipe', 'EDMDenoiser', 'Gui
 # %% ../../nbs/33_model.edm.ipynb #210002
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ class Prepared(NamedTuple):
     "A batch of conditions as the network wants them; made once, it serves every step of sampling."
     labels: Any  # what `SDM.prepare` gave: the one-hot map (B, K, H, W), or the tables of the fast network
     spacing: Tensor  # (B,) mm; 0 where unknown
+    centre: Tensor | float = 0.  # (B,) mean of each image's type, network units
+    values: Tensor | None = None  # (B, K) mean of each structure, network units; nan: not asked for
 
 def per_image(
     v: Tensor | float,  # (B,), or one number
@@ -57,8 +59,8 @@ def prepare(self: Denoiser,
     *conditions: Condition,  # of the same B images; guidance has two
 ) -> Prepared:  # those of one condition after those of the other
     "Make conditions ready for many calls."
-    spacing = torch.cat([c.spacing for c in conditions])
-    with self.autocast(spacing.device): return Prepared(self.model.prepare(*conditions), spacing)
+    told = [torch.cat([getattr(c, name) for c in conditions]) for name in ('spacing', 'centre', 'values')]
+    with self.autocast(told[0].device): return Prepared(self.model.prepare(*conditions), *told)
 
 # %% ../../nbs/33_model.edm.ipynb #33n010
 @patch
@@ -70,19 +72,20 @@ def network(self: Denoiser,
     "Return the raw output of the network."
     x = x.contiguous(memory_format=torch.channels_last)
     with self.autocast(x.device):
-        return self.model(x, t.expand(len(x)), prepared.labels, prepared.spacing).float()
+        return self.model(x, t.expand(len(x)), prepared.labels, prepared.spacing, prepared.values).float()
 
 # %% ../../nbs/33_model.edm.ipynb #210007
 @dataclass(frozen=True)
 class EDMRecipe:
     "The numbers of EDM (Karras et al. 2022, arXiv 2206.00364, table 1)."
     name: ClassVar[str] = 'edm'
-    sigma_data: float = 0.5  # standard deviation of the training images, network units
+    sigma_data: float = 0.5  # spread of the training images about the centres, network units
     p_mean: float = -1.2  # mean of the natural logarithm of the noise levels in training
     p_std: float = 1.2  # standard deviation of that logarithm
     sigma_min: float = 0.002  # lowest noise level of sampling
     sigma_max: float = 80.  # highest noise level of sampling
     rho: float = 7.  # how much more densely low levels are sampled
+    centres: dict[str, float] = field(default_factory=dict)  # image type -> mean of its training images; {}: all 0
 
 # %% ../../nbs/33_model.edm.ipynb #33n014
 @patch
@@ -137,8 +140,9 @@ def forward(self: EDMDenoiser,
     "Estimate the image without noise (eq. 7)."
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
     skip, out, scale, t = self.scalings(sigma)
-    skip, out, scale = (per_image(v, x) for v in (skip, out, scale))
-    x0 = skip * x + out * self.network(scale * x, t, prepared)
+    skip, out, scale, centre = (per_image(v, x) for v in (skip, out, scale, prepared.centre))
+    x = x - centre
+    x0 = centre + skip * x + out * self.network(scale * x, t, prepared)
     return (x0, None) if variance else x0
 
 # %% ../../nbs/33_model.edm.ipynb #33n028
@@ -162,6 +166,7 @@ def loss(self: EDMDenoiser,
     sigma = sigma.to(x0.device)
     skip, out, scale, t = self.scalings(sigma)
     skip, out, scale, level = (per_image(v, x0) for v in (skip, out, scale, sigma))
+    x0 = x0 - per_image(condition.centre, x0)
     x = x0 + level * noise
     target = (x0 - skip * x) / out
     error = self.network(scale * x, t, self.prepare(condition)) - target

@@ -105,12 +105,14 @@ class FastSDM(SDM):
         t: Tensor,  # time (B,), 0 to 1000; k times the same, too
         labels: LabelPyramid | Tensor,  # what `prepare` gave, or a map (B, K, H, W)
         spacing: Tensor | None = None,  # pixel spacing (B,) mm; 0: unknown
+        values: Tensor | None = None,  # mean of each structure (B, K), network units; nan: not asked for
     ) -> Tensor:  # as `SDM.forward`
         "Return what `SDM` returns; the encoder runs once where it can serve all conditions."
         self.check_size(x, labels)
         if isinstance(labels, Tensor): labels = self.pyramid(labels)
-        rounds = labels.rounds if self.spacing is None or spacing is None else 1
-        time, images, skips = self.embed(t, spacing), len(x) // rounds, []
+        told = (self.spacing, spacing), (self.values, values)  # what differs between the conditions of one image
+        rounds = labels.rounds if all(layer is None or v is None for layer, v in told) else 1
+        time, images, skips = self.embed(t, spacing, values), len(x) // rounds, []
         h = x[:images]
         for stage in self.encoder:
             h = stage(h, time[:images])

@@ -106,28 +106,38 @@ class Noising(Callback):
     def before_validate(self): self.generator = seeded(self.seed, 'validate')
 
     def before_batch(self):
-        images, condition = images_and_condition(self.xb, self.dls.spec)
+        denoise, dls = objective_of(self.learn).denoise, self.dls
+        transforms = dls.values if denoise.model.config.values else None
+        images, condition = images_and_condition(self.xb, dls.spec, denoise.recipe.centres, transforms)
         share = getattr(self.dl, 'share', (0, 1))
-        self.learn.xb = noised_task(objective_of(self.learn).denoise, images, condition, self.generator, share)
+        self.learn.xb = noised_task(denoise, images, condition, self.generator, share)
         self.learn.yb = (images,)
 
 # %% ../../nbs/40_training.callbacks.ipynb #40n047
 class ConditionDropout(Callback):
-    "Drops the whole condition of some images in training."
+    "Drops the whole condition of some images in training, and only the tissue values of some others."
     order, run_valid = Noising.order + 1, False  # the condition has to be made before
     def __init__(self,
         probability: float = 0.2,  # that an image's condition is dropped
         seed: int = 0,  # of the choice
-    ): self.probability, self.seed = probability, seed
+        values: float = 0.,  # that an image's tissue values are dropped; half of them, of each structure by chance
+    ): self.probability, self.seed, self.values = probability, seed, values
 
     def before_train(self): self.generator = seeded(self.seed, 'drop', self.dls.train.epoch)
 
     def before_batch(self):
         x0, condition, *rest = self.xb
         share = getattr(self.dl, 'share', (0, 1))
-        total = len(x0) * share[1]
+        total, own = len(x0) * share[1], own_rows(len(x0) * share[1], share)
         dropped = torch.rand(total, generator=self.generator) < self.probability
-        self.learn.xb = (x0, condition.drop(dropped[own_rows(total, share)]), *rest)
+        condition = condition.drop(dropped[own])
+        if self.values: condition = condition.without_values(self.draw(total, condition.channels)[own])
+        self.learn.xb = (x0, condition, *rest)
+
+    def draw(self, total: int, channels: int) -> Tensor:  # (total, channels) bool
+        "Draw which tissue values are dropped: those of all structures of an image, or of each structure by chance."
+        chance, each = torch.rand(total, 1, generator=self.generator), torch.rand(total, channels, generator=self.generator)
+        return (chance < self.values / 2) | ((chance < self.values) & (each < .5))
 
 # %% ../../nbs/40_training.callbacks.ipynb #250012
 class EMACallback(Callback):

@@ -43,7 +43,12 @@ class TrainConfig:
         learning_rate: the highest, 0.1 at most; it rises over `warmup` steps, then falls with a cosine to a hundredth.
         warmup: steps.
         weight_decay: of AdamW, 0 to 10.
+        p_mean, p_std: of the normal distribution of the logarithm of the noise levels in training, for 'edm'.
+        centred: take the mean of each image type off before the preconditioning, for 'edm'.
+        tissue_values: the network takes the mean value of each structure as a condition, for 'edm'. The published
+            recipe takes none.
         drop: share of the images whose condition is dropped, from 0 to below 1.
+        drop_values: share of the images whose tissue values are dropped; of half of them, each structure by chance.
         ema: decay of the averaged weights per step, from 0 to below 1.
         clip: largest norm of the gradient.
         checks: epochs, each of which ends with a validation, a sample grid and a checkpoint.
@@ -64,7 +69,12 @@ class TrainConfig:
     learning_rate: LearningRate = 4e-4  # highest; rises over `warmup` steps, then falls with a cosine
     warmup: Annotated[int, Field(ge=0, le=10**9)] = 100  # steps
     weight_decay: Decay = 0.  # of AdamW
+    p_mean: Annotated[float, Field(ge=-10, le=10)] = -0.4  # mean of the logarithm of the noise levels
+    p_std: Annotated[float, Field(gt=0, le=10)] = 1.4  # its spread
+    centred: bool = True  # take off the mean of each image type
+    tissue_values: bool = True  # the network takes the mean value of each structure
     drop: Share = 0.2  # probability that a condition is dropped
+    drop_values: Share = 0.15  # probability that the tissue values of an image are dropped
     ema: Share = 0.999  # decay of the averaged weights, reached after a warm-up
     clip: Positive = 1.0  # largest norm of the gradient
     checks: Annotated[int, Field(ge=1, le=10_000)] = 10  # validations, sample grids and checkpoints over the training

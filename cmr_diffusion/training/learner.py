@@ -32,7 +32,7 @@ from .config import (
 from .continuing import (
     adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, log_settings, only_here,
     out_of_memory, point_to_resume, resume_folder, tell_start, weights_of)
-from .model import SDMLearner, new_denoiser, start_from
+from .model import SDMLearner, new_denoiser, start_from, tissue_model
 from ..processes import check_dealt, is_lost, is_main, several, world_size
 from .resume import learn_again, newest_point, points_in, ResumePoint
 from .stopping import resume_line, ResumeWriter, stop_signals, StopFlag
@@ -71,6 +71,11 @@ def sdm_learner(
     compile: bool = False,  # compile the network in training
     fast: bool = True,  # the network of `31_model.fast_spade`; False: the plain one
     seed: Seed = 0,  # of weights, noise and dropped conditions
+    p_mean: float = -0.4,  # mean of the logarithm of the noise levels, for 'edm'
+    p_std: Positive = 1.4,  # its spread
+    centred: bool = True,  # take off the mean of each image type, for 'edm'
+    tissue_values: bool = True,  # the network takes the mean value of each structure, for 'edm'
+    drop_values: Share = 0.15,  # probability that an image's tissue values are dropped in training
     init: Path | str | None = None,  # checkpoint or run whose weights to start from
     cbs: tuple = (),  # further callbacks
     metrics: list | None = None,  # None: the loss with shuffled masks, and by quartile of the noise level
@@ -98,6 +103,12 @@ def sdm_learner(
         compile: minutes at the first step for a faster step on a GPU. Validation runs uncompiled.
         fast: the same network, several times faster.
         seed: two learners of one seed train to the same losses on one machine.
+        p_mean: the logarithm of the noise levels in training is drawn from a normal distribution with this mean.
+        p_std: spread of that distribution.
+        centred: the mean of the training images of each type is taken off before the preconditioning.
+        tissue_values: the network takes the mean value of each structure as a condition, and `checkpoint` holds how
+            they are distributed over the training patients.
+        drop_values: share of the training images whose tissue values are dropped.
         init: checkpoint folder, run id or run name; recipe and value transforms are taken from it, too.
         cbs: callbacks of fastai, beside ours.
         metrics: of fastai, for validation.
@@ -114,7 +125,9 @@ def sdm_learner(
     Source: the model is that of Wang et al. 2022, arXiv 2207.00050; the callbacks are in `40_training.callbacks`.
     """
     torch.manual_seed(seed)
-    denoise = new_denoiser(dls, preset, recipe, choose_precision(precision, dls.device))
+    tissue_values = tissue_values and recipe == 'edm'
+    precision = choose_precision(precision, dls.device)
+    denoise = new_denoiser(dls, preset, recipe, precision, (p_mean, p_std), centred, tissue_values)
     if init is not None: denoise = start_from(denoise, init, dls)
     denoise.model.checkpointing = checkpointing
     denoise.to(dls.device, memory_format=torch.channels_last)
@@ -125,10 +138,11 @@ def sdm_learner(
     learn = SDMLearner(
         dls, objective, mean_loss, partial(OptimWrapper, opt=torch.optim.AdamW, betas=(.9, .99), fused=True), lr,
         splitter=network_parameters, metrics=metrics, path=path or writing_folder(), wd=weight_decay, train_bn=False,
-        cbs=[StreamPosition(), Noising(seed), ConditionDropout(drop, seed), EMACallback(ema), GradientClip(clip),
-             DivergenceGuard(), *cbs])
+        cbs=[StreamPosition(), Noising(seed), ConditionDropout(drop, seed, drop_values), EMACallback(ema),
+             GradientClip(clip), DivergenceGuard(), *cbs])
     info = dict(precision=denoise.precision)
-    learn.checkpoint = Checkpoint(objective.average, dls.spec, dls.values, dls.geometry, info)
+    tissue = tissue_model(dls) if tissue_values else None
+    learn.checkpoint = Checkpoint(objective.average, dls.spec, dls.values, dls.geometry, info, tissue)
     if not len(dls.valid): logger.warning('%s: no validation slices, so no validation loss', dls.cache.folder)
     return learn
 
@@ -156,7 +170,8 @@ def config_learner(
     dls = make_dataloaders(cache, c.batch_size, c.seed, device=device, steps_per_epoch=c.steps_per_epoch,
                            valid_slices=8 * c.batch_size, balance=c.balance)
     learn = sdm_learner(dls, c.preset, c.recipe, c.learning_rate, c.weight_decay, c.drop, c.ema, c.clip, c.precision,
-                        c.checkpointing, c.compile, seed=c.seed, init=init)
+                        c.checkpointing, c.compile, seed=c.seed, p_mean=c.p_mean, p_std=c.p_std, centred=c.centred,
+                        tissue_values=c.tissue_values, drop_values=c.drop_values, init=init)
     learn.checkpoint.info['config'] = asdict(c)
     return learn
 
