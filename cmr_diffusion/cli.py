@@ -14,9 +14,10 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .command_line import command, typed_options
-from .command_options import (
-    Batch, batch_size_of, check_registered, Count, counted, Crop, Guidance, Minutes, open_masks, Precision, Preset,
-    read_table, Recipe, Sampler, Samplings, secret_in, Seed, splits_of, Steps, Workers)
+from cmr_diffusion.command_options import (
+    Batch, batch_size_of, check_registered, Count, counted, Crop, Format, Guidance, Minutes, open_masks,
+    phantom_patients, Precision, Preset, read_table, Recipe, Sampler, Samplings, secret_in, Seed, splits_of, Steps,
+    Workers)
 from .core import CMRError, choose_device, logger
 from .processes import is_main
 
@@ -120,6 +121,7 @@ def cmr_train(
     learning_rate: Annotated[float, Interval(gt=0, le=.1)] = 4e-4,  # its highest value
     precision: Precision = 'auto',  # float32, bfloat16, or auto: what the machine is built for
     balance: bool = False,  # draw image types equally, however many slices each has
+    tissue_values: bool = True,  # train a model that cannot be asked for tissue values
     checkpointing: bool = False,  # recompute in the backward pass to save memory
     compile: bool = False,  # compile the network first: minutes, for a faster step on a GPU
     checks: Count = 10,  # validations, sample grids and checkpoints over the training
@@ -136,8 +138,8 @@ def cmr_train(
     if steps is None and minutes is None: minutes = 60.
     config = _config(resume, dict(
         preset=preset, recipe=recipe, steps=steps, minutes=minutes, batch_size=batch_size_of(batch_size),
-        learning_rate=learning_rate, balance=balance, precision=precision, checkpointing=checkpointing,
-        compile=compile, checks=checks, seed=seed))
+        learning_rate=learning_rate, balance=balance, tissue_values=tissue_values, precision=precision,
+        checkpointing=checkpointing, compile=compile, checks=checks, seed=seed))
     run_id, folder = train(CohortCache.load(cache), config, experiment, run_name, init, choose_device(device),
                            resume=resume, save_every=save_every)
     if is_main(): _say_trained(cache, run_id, folder, register)
@@ -170,7 +172,8 @@ def cmr_sync():
 @command
 def cmr_sample(
     run: str,  # name or id of an MLflow run, or a checkpoint folder
-    masks: Annotated[str, 'cache, or folder of a cohort, whose label maps are painted', dict(opt=True, required=True)],
+    masks: Annotated[str, 'cache or folder of a cohort whose label maps are painted, or phantom:200 for drawn ones',
+                     dict(opt=True, required=True)],
     out: str,  # folder to write the synthetic cohort to
     layout: str = 'semmelweis',  # of MASKS where it is a cohort's folder
     split: str = None,  # only masks of these splits, as test or train,test (default: all)
@@ -180,6 +183,10 @@ def cmr_sample(
     steps: Samplings = 20,  # evaluations of the network per image
     sampler: Sampler = 'dpmpp_2m',  # dpmpp_2m, heun, ddim, ddpm
     per_mask: Count = 1,  # images per mask
+    values: str = 'draw',  # tissue values: draw, own (the mask's), none, or a text as "T1 myocardium=1150" (ms)
+    deform: bool = False,  # deform the heart of each synthetic patient; with --per-mask 5, five different hearts
+    stacks: bool = False,  # the slices of a stack share the low frequencies of their noise
+    format: Format = 'dicom',  # nifti: volumes, too, in the folder nifti of OUT
     seed: Seed = 0,  # the same seed, the same images
     batch_size: Batch = 32,  # images painted at once
     precision: Precision = 'auto',  # float32, bfloat16, or auto: what the machine is built for
@@ -193,11 +200,13 @@ def cmr_sample(
     from cmr_diffusion.grid.geometry import Geometry
     splits = splits_of(split)
     if spacing is not None: Geometry.parse(64, spacing)  # refuses what is no spacing before the masks are read
-    settings = dict(type=type, spacing=spacing, guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask)
+    settings = dict(type=type, spacing=spacing, guidance=guidance, steps=steps, sampler=sampler, per_mask=per_mask,
+                    values=values, deform=deform, stacks=stacks, format=format, seed=seed)
     computing = dict(batch_size=batch_size, device=choose_device(device), precision=precision, compile=compile)
     source = resolve_run(run)
-    if is_main(): check_result(out, 'cohort', [masks, source])
-    folder = synthesize(source, open_masks(masks, layout), out, splits, seed=seed, **settings, **computing)
+    folders = [source] if phantom_patients(masks) else [masks, source]
+    if is_main(): check_result(out, 'cohort', folders)
+    folder = synthesize(source, open_masks(masks, layout, source, seed), out, splits, **settings, **computing)
     if is_main(): print(f'{folder}: a synthetic cohort in the Semmelweis layout')
 
 # %% ../nbs/70_cli.ipynb #500020

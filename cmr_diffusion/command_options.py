@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Steps', 'Seed', 'Guidance', 'Samplings', 'Batch', 'Minutes', 'Workers', 'Preset', 'Recipe', 'Precision',
-           'Sampler', 'Crop', 'batch_size_of', 'scales_of', 'splits_of', 'secret_in', 'check_registered', 'read_table',
-           'open_masks', 'counted']
+           'Sampler', 'Crop', 'Format', 'batch_size_of', 'scales_of', 'splits_of', 'secret_in', 'check_registered',
+           'read_table', 'phantom_patients', 'open_masks', 'counted']
 
 # %% ../nbs/69a_command_options.ipynb #69a002
 import math
@@ -30,6 +30,7 @@ Recipe = Annotated[str, dict(choices=('edm', 'paper'))]
 Precision = Annotated[str, dict(choices=('auto', 'float32', 'bfloat16'))]
 Sampler = Annotated[str, dict(choices=('dpmpp_2m', 'heun', 'ddim', 'ddpm'))]
 Crop = Annotated[str, dict(choices=('heart', 'none'))]
+Format = Annotated[str, dict(choices=('dicom', 'nifti'))]  # of the images that are painted
 
 # %% ../nbs/69a_command_options.ipynb #69a006
 def batch_size_of(
@@ -111,16 +112,36 @@ def read_table(
         if not str(e).startswith('scale of '): raise
         raise CMRError(f'scale {scale!r}: {str(e).removeprefix("scale of ")}') from None
 
+# %% ../nbs/69a_command_options.ipynb #69an004
+def phantom_patients(
+    masks: str,  # as typed: 'phantom:200', or a folder
+) -> int | None:  # None for a folder
+    "Read how many phantom patients are wanted; raise `CMRError` if the number is wrong."
+    from cmr_diffusion.validation import check_value
+    if not masks.startswith('phantom:'): return None
+    number = masks.removeprefix('phantom:').strip()
+    try: return check_value('masks', int(number), Count)
+    except (CMRError, ValueError):
+        raise CMRError(f'masks {masks[:40]!r}: give phantom:NUMBER, such as phantom:200, with a whole number from 1 to '
+                       '100000') from None
+
 def open_masks(
-    path: str,  # folder of a cache or of a cohort
+    masks: str,  # folder of a cache or of a cohort, or 'phantom:200'
     layout: str,  # of a cohort
+    model: Path | str,  # folder of the checkpoint that will paint
+    seed: int = 0,  # of the phantoms
 ):
-    "Open a cache, or read the table of a cohort."
-    if (Path(path)/'cache.json').is_file():
+    "Open a cache, read the table of a cohort, or draw phantoms for a model."
+    patients = phantom_patients(masks)
+    if patients is not None:
+        from cmr_diffusion.model.checkpoint import read_config
+        from cmr_diffusion.synthesis.phantom_masks import phantom_masks
+        return phantom_masks(patients, read_config(Path(model)).spec, seed)
+    if (Path(masks)/'cache.json').is_file():
         from cmr_diffusion.grid.cache import CohortCache
-        return CohortCache.load(path)
+        return CohortCache.load(masks)
     from cmr_diffusion.cohort.table import read_cohort
-    return read_cohort(path, layout)
+    return read_cohort(masks, layout)
 
 # %% ../nbs/69a_command_options.ipynb #69a017
 def counted(

@@ -47,7 +47,8 @@ KINDS = dict(
     phantom=Kind('a phantom cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation')),
     resume=Kind('a resume point', 'state.json', ('state.json', 'state.safetensors'), says='facts', edited=False,
                 carried=True),
-    evaluation=Kind('an evaluation', 'report.json', ('report.csv', 'report.json', 'report.txt', 'comparison.png')),
+    evaluation=Kind('an evaluation', 'report.json',
+                    ('report.csv', 'report.json', 'report.txt', 'comparison.png', 'charts/*.png')),
     findings=Kind('findings', 'findings.html', ('findings.csv', 'findings.html'), shared=True))
 
 # %% ../nbs/00d_marks.ipynb #00cn019

@@ -103,3 +103,33 @@ def test_a_training_that_is_stopped_goes_on(place, cache):
     done = place.run('cmr_train', cache, *resume, '--steps', 40, '--device', 'cpu')
     assert done.returncode == 0 and f'run {name} (' in done.stdout and 'goes on from step' in done.stderr, done.stderr
     assert 'training: step 40 (100 %)' in done.stderr and '\r' not in done.stderr
+
+
+def test_tissue_values_new_hearts_and_volumes(place, cache, trained):
+    from cmr_diffusion.cohort.table import read_cohort
+    from cmr_diffusion.synthesis.records import with_sources
+    from cmr_diffusion.grid.cache import CohortCache
+    quick = ('--steps', 1, '--device', 'cpu', '--seed', 4)
+    asked = ('--values', 'T1 left ventricle=1500-1600', '--deform', '--stacks', '--format', 'nifti', '--per-mask', 2)
+    place.must('cmr_sample', trained, '--masks', cache, 'hearts', '--split', 'test', *asked, *quick)
+    found = with_sources(place.folder/'hearts', CohortCache.load(cache))
+    blood = found[found.type == 'T1'].groupby('patient').asked_left_ventricle.agg(['min', 'max'])
+    assert len(blood) == 2 and found.source.notna().all()
+    assert blood.stack().between(1499.9, 1600.1).all() and (blood['max'] - blood['min']).max() < .01
+    assert not place.run('cmr_check', 'hearts', '--out', 'hearts_findings').stdout.count('nifti')
+    both = [read_cohort(place.folder/'hearts'), read_cohort(place.folder/'hearts'/'nifti', 'csv')]
+    for table in both: assert table.usable.all() and table.synthetic.all() and len(table) == len(found)
+    said = place.must('cmr_sample', trained, '--masks', 'phantom:3', 'new_hearts', *quick)
+    assert 'a synthetic cohort' in said and set(read_cohort(place.folder/'new_hearts').split) == {'train'}
+    one_line(place.here('cmr_sample', trained, '--masks', 'phantom:3', 'x', '--values', 'own'), "--values 'own'")
+    one_line(place.here('cmr_sample', trained, '--masks', 'phantom:3', 'x', '--split', 'test'), 'split test')
+
+
+def test_a_training_without_tissue_values(place, cache):
+    options = ('--preset', 'tiny', '--steps', 1, '--checks', 1, '--batch-size', 4, '--device', 'cpu')
+    place.must('cmr_train', cache, *options, '--no-tissue-values', '--run-name', 'without')
+    one_line(place.here('cmr_sample', 'without', '--masks', cache, 'x', '--values', 'own', '--device', 'cpu'),
+             "--values 'own': the model takes no tissue values")
+    done = place.run('cmr_sample', 'without', '--masks', cache, 'plain', '--split', 'test', '--steps', 1, '--device', 'cpu')
+    assert done.returncode == 0 and 'takes no tissue values' in done.stderr, done.stderr
+    one_line(place.here('cmr_train', cache, '--resume', 'few_steps', '--no-tissue-values'), 'tissue', 'few_steps')

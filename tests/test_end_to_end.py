@@ -114,8 +114,10 @@ def test_acdc(place, store):
     place.must('cmr_prepare', root, 'acdc_cache', *options)
     options = ('--preset', 'tiny', '--steps', 2, '--checks', 1, '--batch-size', 2, '--device', 'cpu')
     place.must('cmr_train', 'acdc_cache', *options, '--run-name', 'cine')
-    options = ('--split', 'test', '--steps', 2, '--device', 'cpu')
+    options = ('--split', 'test', '--steps', 2, '--deform', '--format', 'nifti', '--device', 'cpu')
     place.must('cmr_sample', 'cine', '--masks', 'acdc_cache', 'acdc_synthetic', *options)
     from cmr_diffusion.cohort.table import read_cohort
     table = read_cohort(place.folder/'acdc_synthetic')
     assert len(table) and set(table.type) == {'cine'} and table.structures.str.contains('right_ventricle').any()
+    volumes = read_cohort(place.folder/'acdc_synthetic'/'nifti', 'csv')
+    assert volumes.usable.all() and len(volumes) == len(table) and volumes.image.nunique() == table.volume.nunique()

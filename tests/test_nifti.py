@@ -1,6 +1,7 @@
 """NIfTI volumes as people save them: whatever order, direction, unit, type and header a file has, a slice comes out
 right, or it is not used and a finding says why. Several faults are made at once, in files that are drawn at random."""
-import gzip, math
+import gzip, json, math
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 from cmr_diffusion.cohort.dicom_writing import write_dicom
 from cmr_diffusion.cohort.files import load_slice, slices_of
 from cmr_diffusion.cohort.nifti import read_volume, volume_grid
+from cmr_diffusion.cohort.nifti_writing import fill_nifti, slice_distance, write_volume
 from cmr_diffusion.cohort.quality import SEVERITY, findings
+from cmr_diffusion.cohort.semmelweis_writing import write_semmelweis
 from cmr_diffusion.cohort.table import read_cohort
 from cmr_diffusion.core import BadData, CMRError
 from cmr_diffusion.toy import toy_slice
@@ -440,3 +443,99 @@ def test_a_nifti_label_of_a_dicom_image(tmp_path):
     rows_round[0, 3] += 9
     save(tmp_path/'lb.nii', np.ascontiguousarray(heart.labels[::-1].T[..., None]), rows_round)
     assert kinds(cohort(tmp_path, dict(image='im.dcm'))[1], 'excluded') == {'label at another place'}
+
+
+# Volumes that this package writes
+
+def drawn_cohort(rng):
+    "Rows of two patients in any order, and their slices by id, each a window of a heart at a place of its own."
+    rows, slices = [], {}
+    for n, image_type, stem in [(n, *kind) for n in (1, 2) for kind in
+                                (('T1', ''), ('cine', 'frame01_'), ('cine', 'frame12_'))]:
+        for z, level in enumerate(('basal', 'mid', 'mid', 'apical')):
+            known = dict(patient=f'Patient ({n})', type=image_type, slice=f'{stem}{z:02d}')
+            top, left = rng.integers(0, 9, 2)
+            whole, box = toy_slice(image_type, n, z*2//3, SHAPE, MM, seed=z), np.s_[top:top + 60, left:left + 70]
+            slices['/'.join(known.values())] = replace(whole, pixels=whole.pixels[box], labels=whole.labels[box])
+            rows.append(known | dict(volume=f'secret/{stem}', level=level, split='train', top=top, left=left,
+                                     row_origin=top*MM[0], column_origin=left*MM[1], slice_distance=7.))
+    return pd.DataFrame(rows).sample(frac=1, random_state=int(rng.integers(2**31))), slices
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('placed', [False, True])
+def test_written_volumes_are_read_back(tmp_path, seed, placed):
+    "Every window lies in its volume as it was, whatever the order of the rows; levels say which end is the base."
+    rows, slices = drawn_cohort(np.random.default_rng(seed))
+    rows[['top', 'left']] -= rows.groupby(['patient', 'type', 'volume'])[['top', 'left']].transform('min')
+    if not placed: rows = rows.assign(top=0, left=0).drop(columns=['row_origin', 'column_origin'])
+    rows.index = rows.patient + '/' + rows.type + '/' + rows.slice
+    names = fill_nifti(tmp_path, rows, lambda row: slices[row.name], synthetic=True)
+    assert sorted(names) == [f'Patient_{n}_{kind}' for n in (1, 2) for kind in ('T1', 'cine_frame01', 'cine_frame12')]
+    assert not any('secret' in path.read_text() for path in tmp_path.iterdir() if path.suffix in ('.json', '.csv'))
+    table = read_cohort(tmp_path, 'csv')
+    assert set(table.id) == set(slices) and set(table.split) == {'train'}
+    assert table.usable.all() and table.synthetic.all()
+    assert not (table.repaired + table.remarks).any(), table[['repaired', 'remarks']]
+    for _, volume in table.groupby('volume'):
+        assert volume.sort_values('image_index').level.tolist() == ['basal', 'mid', 'mid', 'apical']
+        assert slice_distance(volume) == 7
+    for row in table.to_dict('records'):
+        read, written, (top, left) = load_slice(row), slices[row['id']], rows.loc[row['id'], ['top', 'left']]
+        box, values = np.s_[top:top + 60, left:left + 70], written.pixels
+        if written.type == 'cine': values = (values.astype(float)/written.robust_max).astype(np.float32)
+        assert np.array_equal(read.pixels[box], values) and np.array_equal(read.labels[box], written.labels)
+        assert read.pixels.sum() == pytest.approx(values.sum(), rel=1e-4)  # and 0 elsewhere
+        assert read.robust_max == 1 or written.type == 'T1'
+        assert np.allclose(read.spacing, MM, rtol=1e-5) and read.unit == written.meaning.unit
+
+
+def test_volumes_within_another_cohort_are_a_cohort_of_their_own(tmp_path):
+    "The reader of DICOM files passes over their folder, and finds nothing odd in it."
+    hearts = [toy_slice(kind, 1, level) for kind in ('T1', 'cine') for level in range(3)]
+    root = write_semmelweis(tmp_path/'cohort', hearts, synthetic=True, splits=dict(toy001='test'))
+    table = read_cohort(root, 'semmelweis')
+    (root/'nifti').mkdir()
+    fill_nifti(root/'nifti', table, synthetic=True)
+    assert read_cohort(root, 'semmelweis').equals(table) and not len(findings(table, root))
+    volumes = read_cohort(root/'nifti', 'csv')
+    assert not len(findings(volumes, root/'nifti'))
+    same = ['patient', 'type', 'level', 'split', 'usable', 'synthetic', 'rows', 'columns', 'unit', 'robust_max']
+    table, volumes = (t.set_index('id').sort_index() for t in (table, volumes))
+    assert table[same].equals(volumes[same])
+    for (_, row), (_, other) in zip(table.iterrows(), volumes.iterrows()):
+        one, two = load_slice(row), load_slice(other)
+        assert np.array_equal(one.pixels, two.pixels) and np.array_equal(one.labels, two.labels)
+
+
+def test_a_written_volume_is_the_same_for_itk(tmp_path):
+    "In the directions of DICOM, with the planes as they were, and labels on the grid of the image."
+    itk = pytest.importorskip('SimpleITK', reason='ITK is not needed but by this test')
+    stack = [replace(heart, pixels=heart.pixels.round(), robust_max=1.) for heart in HEARTS]
+    image, labels = (itk.ReadImage(str(path)) for path in
+                     write_volume(tmp_path, 'P', stack, synthetic=True, distance=8.))
+    assert np.array_equal(itk.GetArrayFromImage(image), np.stack([s.pixels for s in stack]))
+    assert np.array_equal(itk.GetArrayFromImage(labels), np.stack([s.labels for s in stack]))
+    for volume in (image, labels):
+        assert np.allclose(volume.GetSpacing(), (1.25, 1.5, 8)) and np.allclose(volume.GetOrigin(), 0)
+        assert np.allclose(volume.GetDirection(), (1, 0, 0, 0, 1, 0, 0, 0, -1))
+    assert labels.GetPixelID() == itk.sitkUInt8 and image.GetPixelID() == itk.sitkFloat32
+    itk.WriteImage(itk.DICOMOrient(labels, 'LPS'), str(tmp_path/'lb.nii'))  # as a tool may save its prediction
+    itk.WriteImage(image, str(tmp_path/'im.nii'))
+    table, found = cohort(tmp_path)
+    assert_right(table)
+    assert kinds(found, 'repaired') == {'label reoriented'}
+
+
+def test_what_cannot_be_written_as_a_volume(tmp_path):
+    other = replace(HEARTS[1], spacing=(1.5, 1.5))
+    for slices, words in (([], 'no slices'), ([HEARTS[0], other], 'one spacing'),
+                          ([HEARTS[0], replace(HEARTS[1], labels=None)], 'no label map'),
+                          ([replace(HEARTS[0], robust_max=math.nan)], 'robust maximum')):
+        with pytest.raises(CMRError, match=words): write_volume(tmp_path, 'P', slices, synthetic=False)
+    assert not list(tmp_path.iterdir())
+    nowhere = [replace(heart, spacing=(math.nan, math.nan)) for heart in HEARTS]
+    write_volume(tmp_path, 'P', nowhere, synthetic=False)
+    assert json.loads((tmp_path/'P.json').read_text())['row_spacing'] is None
+    grid = volume_grid(tmp_path/'P.nii.gz')
+    assert grid.is_default and not grid.synthetic

@@ -2,11 +2,14 @@
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn
 
 from cmr_diffusion.core import CMRError
 from cmr_diffusion.model.ddpm import DDPMRecipe
 from cmr_diffusion.model.edm import EDMRecipe
-from cmr_diffusion.model.samplers import SeededNoise, check_sampler, ddim, ddpm, dpmpp_2m, heun, whole_seeds
+from cmr_diffusion.grid.condition import Condition
+from cmr_diffusion.model.samplers import (
+    SAMPLERS, SHARED, SeededNoise, check_sampler, ddim, ddpm, dpmpp_2m, heun, sample, whole_seeds)
 
 diffusers = pytest.importorskip('diffusers', reason='the oracle of the samplers comes with the dev extra')
 SHAPE = (1, 1, 16, 16)
@@ -16,6 +19,8 @@ LINEAR = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_sche
 class Mixture:
     "The best denoiser of pixels from two Gaussians, at -0.5 and 0.4, in float64; it can make up a learned variance."
     def __init__(self, learned=False): self.learned = learned
+
+    def prepare(self, condition): return None
 
     def __call__(self, x, sigma, prepared=None, variance=False):
         x, sigma = x.double(), torch.as_tensor(sigma).double()
@@ -120,3 +125,53 @@ def test_seeds_are_whole_numbers_of_any_library():
 def test_a_sampler_has_a_name():
     for name in ('plms', '', None, [], 3):
         with pytest.raises(CMRError, match='choose one of dpmpp_2m, heun, ddim, ddpm'): check_sampler(name)
+
+
+def spectrum(noise): return torch.from_numpy(dctn(noise.numpy(), axes=(2, 3), norm='ortho'))
+
+
+def test_shared_noise_is_white_and_shared_where_it_is_coarse():
+    n, shape = 4000, (1, 12, 16)
+    alone, mixed = SeededNoise(range(n), shape)(), SeededNoise(range(n), shape, shared=range(n))()
+    covariance = torch.cov(mixed.flatten(1).T)
+    assert (covariance - torch.eye(12*16)).abs().max() < 6/n**.5  # of any two pixels
+    assert (mixed.mean(0).abs() < 5/n**.5).all()
+    coarse = [spectrum(noise)[:, 0, :SHARED, :SHARED].flatten(1) for noise in (alone, mixed)]
+    assert (coarse[0]*coarse[1]).mean(0).abs().max() < 6/n**.5  # equal numbers as seed and shared seed mean nothing
+    together = spectrum(SeededNoise([1, 2, 3], shape, shared=[4, 4, 5])())[:, 0]
+    assert torch.allclose(together[0, :SHARED, :SHARED], together[1, :SHARED, :SHARED], atol=1e-5)
+    assert (together[0, :SHARED, :SHARED] - together[2, :SHARED, :SHARED]).abs().mean() > .5
+    own = spectrum(SeededNoise([1, 2, 3], shape)())[:, 0]
+    for part in (np.s_[:, SHARED:], np.s_[:, :, SHARED:]): assert torch.allclose(together[part], own[part], atol=1e-5)
+
+
+def test_shared_noise_depends_on_its_seeds_alone():
+    "Neither on the batch, nor on the size of the grid as far as the shared part goes; channels differ."
+    batch, single = SeededNoise([3, 8], (2, 32, 32), shared=[6, 6]), SeededNoise([8], (2, 32, 32), shared=[6])
+    first = batch()
+    assert torch.equal(first[1:], single())
+    assert torch.equal(batch()[1:], single())  # what is drawn later is each image's own
+    coarse = spectrum(first)[0, :, :SHARED, :SHARED]
+    other = spectrum(SeededNoise([3], (2, 64, 48), shared=[6])())[0, :, :SHARED, :SHARED]
+    assert torch.allclose(coarse, other, atol=1e-5) and (coarse[0] - coarse[1]).abs().mean() > .5
+    for shape in ((1, 4, 4), (1, 4, 32), (3, 8, 8)):
+        same = SeededNoise([1, 2], shape, shared=[9, 9])()
+        assert same.shape == (2, *shape) and same.dtype == torch.float32 and same.isfinite().all()
+
+
+def test_without_shared_seeds_the_noise_is_that_of_each_seed():
+    own = SeededNoise([3, 8], (1, 6, 6))
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
+    for _ in range(2): assert torch.equal(own(), torch.stack([torch.randn((1, 6, 6), generator=g) for g in generators]))
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_every_sampler_takes_shared_seeds(sampler):
+    condition = Condition(torch.zeros(2, 16, 16, dtype=torch.uint8), torch.ones(2), 4)
+    def images(**options):
+        return sample(Mixture(), EDMRecipe().sigmas(6), condition, [1, 2], (1, 16, 16), sampler, **options)
+    plain, shared = images(), images(shared_seeds=[5, 5])
+    assert torch.equal(plain, images(shared_seeds=None))
+    assert torch.equal(shared, images(shared_seeds=np.array([5, 5]))) and not torch.equal(shared, plain)
+    for wrong, said in (([5], '2 conditions and 1 shared_seeds'), (['a', 'b'], 'shared_seeds .* whole number')):
+        with pytest.raises(CMRError, match=said): images(shared_seeds=wrong)

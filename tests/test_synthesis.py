@@ -11,6 +11,9 @@ import torch
 
 from cmr_diffusion import CMRError, Geometry, output, prepare, read_cohort, results, synthesize
 from cmr_diffusion.cohort.slices import load_slices
+from cmr_diffusion.core import STRUCTURES
+from cmr_diffusion.grid.loaders import grid_slices
+from cmr_diffusion.grid.tissue import measure_slices, TissueModel
 from cmr_diffusion.marks import MARK
 from cmr_diffusion.model.checkpoint import Checkpoint, save_checkpoint
 from cmr_diffusion.model.edm import EDMDenoiser
@@ -18,7 +21,10 @@ from cmr_diffusion.model.painting import paint
 from cmr_diffusion.model.sdm import SDM, sdm_config
 from cmr_diffusion.synthesis import cohort as synthesis, records as kept
 from cmr_diffusion.synthesis.label_maps import mask_grid, mask_rows
+from cmr_diffusion.synthesis.phantom_masks import phantom_masks
 from cmr_diffusion.synthesis.records import with_sources
+from cmr_diffusion.synthesis.settings import read_settings
+from cmr_diffusion.synthesis.wanted import SyntheticPatients
 from cmr_diffusion.toy import toy_cohort
 from test_output import Faults, clean, in_child, kill
 
@@ -227,6 +233,7 @@ def test_other_settings_are_told_and_not_resumed(
         synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)
     changed = [dict(steps=2), dict(seed=2), dict(guidance=1.5), dict(per_mask=1), dict(splits=None), dict(type='T1'),
                dict(spacing=5.), dict(sampler='heun'), dict(precision='bfloat16')]
+    changed += [dict(deform=True), dict(stacks=True)]
     other = replace(checkpoint, values=checkpoint.values | dict(T1=replace(checkpoint.values['T1'], maximum=3000.)))
     calls = [(checkpoint, cache, ONE_BY_ONE | change) for change in changed]
     calls += [(other, cache, ONE_BY_ONE), (checkpoint, cohort, ONE_BY_ONE)]
@@ -236,7 +243,7 @@ def test_other_settings_are_told_and_not_resumed(
         raise InterruptedError
     with monkeypatch.context() as patch:
         patch.setattr(synthesis, 'shared_room', not_painted)
-        same = [dict(), dict(batch_size=7), dict(device=None)]
+        same = [dict(), dict(batch_size=7), dict(device=None), dict(format='nifti'), dict(values='none')]
         for model, masks, options in [(checkpoint, cache, ONE_BY_ONE | change) for change in same] + calls:
             with pytest.raises(InterruptedError): synthesize(model, masks, tmp_path/'out', **options)
     assert len(texts) == 1 + len(calls)
@@ -312,7 +319,8 @@ def test_the_manifest_says_how_to_paint_each_image_again(work, whole, checkpoint
     folder = work/'whole'
     found, rows = with_sources(folder, cache).set_index('image'), mask_rows(cache).set_index('id')
     assert list(found) == ['patient', 'type', 'slice', 'split', 'mask', 'repetition', 'seed', 'guidance', 'steps',
-                           'sampler', 'precision', 'checkpoint', 'clipped_share', 'source']
+                           'sampler', 'precision', 'checkpoint', 'clipped_share', 'shared_seed',
+                           *(f'asked_{name}' for name in STRUCTURES), 'source']
     config = json.loads((save_checkpoint(work/'c', checkpoint)/'config.json').read_text())
     assert set(found.checkpoint) == {config['weights']}
     assert (found.source == with_sources(folder, cohort).set_index('image').source).all()  # from the files, too
@@ -360,3 +368,202 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, checkpoint, co
     few, many = peak(2), peak(14)
     assert images(tmp_path/'out14') == 84
     assert (many - few) / 72 < 6000, (few, many)  # a line takes 2 KB, or a little more or less by the machine
+
+
+# ---- tissue values, deformed hearts, stacks, volumes
+
+ASKED = [f'asked_{name}' for name in STRUCTURES]
+EVERYTHING = ONE_BY_ONE | dict(values='T1 myocardium=1000-1100', deform=True, stacks=True, format='nifti')
+
+
+@pytest.fixture(scope='module')
+def knowing(cache, checkpoint):
+    "A network that takes tissue values, and has learned nothing."
+    torch.manual_seed(1)
+    model = SDM(replace(checkpoint.model.config, values=True))
+    for weights in model.parameters():
+        if not weights.any(): torch.nn.init.normal_(weights, std=.05)
+    known = grid_slices(cache)
+    measured = measure_slices(known, cache.spec, cache.values)
+    tissue = TissueModel.fit(measured, known.rows.patient, cache.spec.names)
+    return replace(checkpoint, denoise=EDMDenoiser(model), tissue=tissue)
+
+
+@pytest.fixture(scope='module')
+def wide(cache):
+    "Limits that the round hearts of the toy cohort never reach, so that each of them can be deformed."
+    from cmr_diffusion.synthesis.inputs import limits_of
+    limits = limits_of(cache)
+    return replace(limits, low=limits.low._replace(**{f: 0. for f in limits.low._fields}),
+                   high=limits.high._replace(**{f: 1e3 for f in limits.high._fields}))
+
+
+@pytest.fixture(scope='module')
+def complete(work, knowing, cache, wide):
+    "A cohort with everything that can be asked for: 24 images."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, 'limits_of', lambda *args: wide)
+        return synthesize(knowing, cache, work/'complete', **EVERYTHING)
+
+
+def manifest_of(folder): return pd.read_parquet(folder/'manifest.parquet')
+
+
+def test_a_synthetic_patient_is_one_heart(complete, cache):
+    "Its slices and types share values, heart and low frequencies; another repetition has others."
+    found = with_sources(complete, cache)
+    rows = mask_rows(cache).set_index('id')
+    found['of'] = rows.patient[found.source].to_numpy()
+    patients = found.groupby('patient')
+    assert patients.of.nunique().eq(1).all() and patients.repetition.nunique().eq(1).all() and len(patients) == 4
+    of_t1 = found[(found.type == 'T1') & found.asked_myocardium.notna()]  # a slice may have too few pixels of it
+    assert len(of_t1) > 9
+    assert of_t1.groupby('patient').asked_myocardium.agg(np.ptp).max() < .01  # it was asked for
+    assert of_t1.asked_myocardium.between(999.9, 1100.1).all() and of_t1.asked_myocardium.round(3).nunique() == 4
+    for _, own in found.groupby(['patient', 'type']):
+        assert own.shared_seed.nunique() == 1 and own.asked_background.nunique() == 3
+    assert found.shared_seed.nunique() == 8 and not set(found.shared_seed) & set(found.seed)
+    within = found.groupby(['patient', 'type']).asked_left_ventricle.std().groupby('type').mean()
+    between = found.groupby(['type', 'patient']).asked_left_ventricle.mean().groupby('type').std()
+    assert between.T1 > within.T1, (within, between)
+    hearts = {row.image: s.labels for row, s in zip(found.sort_values('image').itertuples(), written(complete))}
+    for _, same_mask in found.groupby('source'):
+        one, two = (hearts[image] for image in same_mask.image)
+        assert one.shape != two.shape or (one != two).any()
+
+
+def written(folder):
+    "The slices of a cohort, in the order of the files' names."
+    table = read_cohort(folder)
+    assert table.usable.all()
+    return list(load_slices(table.sort_values('image'), workers=0))
+
+
+def test_each_image_can_be_painted_again(complete, knowing):
+    "The manifest has all that is needed beside the label map, which is in the cohort."
+    found = manifest_of(complete).sort_values('image', ignore_index=True)
+    grids = [mask_grid(s, replace(knowing.geometry, spacing='native', crop='none')) for s in written(complete)]
+    asked = [{name: v for name, v in zip(STRUCTURES, row) if np.isfinite(v)} for row in found[ASKED].to_numpy()]
+    for i in (0, 7, 20):
+        about = found.iloc[i]
+        def again(**changes):
+            options = dict(values=[asked[i]], shared_seeds=[int(about.shared_seed)]) | changes
+            return paint(knowing, [replace(grids[i], pixels=None)], [int(about.seed)], steps=1, **options)[0]
+        inside = grids[i].labels != 255
+        def difference(painted): return np.abs(painted.pixels - grids[i].pixels)[inside].max()
+        assert difference(again()) <= .11, (i, difference(again()))
+        assert difference(again(values=None)) > .5 and difference(again(shared_seeds=None)) > .5
+
+
+def test_everything_is_the_same_in_pieces(tmp_path, complete, knowing, cache, wide, painted, monkeypatch):
+    "A painting with all options is stopped and goes on; what is made of the images at the end is made anew."
+    def stop(): raise KeyboardInterrupt
+    monkeypatch.setattr(synthesis, 'limits_of', lambda *args: wide)
+    for n in (5, 17):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            after(n, stop, patch)
+            synthesize(knowing, cache, tmp_path/'out', **EVERYTHING | dict(format='dicom'))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(synthesis, 'fill_nifti', lambda folder, *args, **options: (folder/'half').touch() or stop())
+        synthesize(knowing, cache, tmp_path/'out', **EVERYTHING)
+    assert len(painted) == 6 + 13 + 7  # the image at which it was stopped was painted twice
+    synthesize(knowing, cache, tmp_path/'out', **EVERYTHING)
+    assert contents(tmp_path/'out') == contents(complete)
+    clean(tmp_path)
+
+
+def test_values_are_never_those_of_one_patient(work, complete, knowing, cache, tmp_path):
+    "Only `own` asks for what was measured; what is drawn depends on the pixels of the masks, and cannot be guessed."
+    own = synthesize(knowing, cache, tmp_path/'own', **ONE_BY_ONE | dict(values='own'))
+    found = with_sources(own, cache)
+    rows = mask_rows(cache).set_index('id')
+    for row in found.itertuples():
+        grid = cache.grid(rows.position[row.source])
+        measured = [grid.pixels[grid.labels == n].mean() for n in range(len(STRUCTURES))]
+        np.testing.assert_allclose([getattr(row, name) for name in ASKED], measured, rtol=2e-3)
+    drawn = manifest_of(synthesize(knowing, cache, tmp_path/'drawn', **ONE_BY_ONE))
+    for image_type, of_type in found.groupby('type'):
+        values, new = (t[t.type == image_type][ASKED].to_numpy() for t in (found, drawn))
+        assert np.abs(values[:, None] - new[None]).min() > 1e-3
+    again = manifest_of(synthesize(knowing, cache, tmp_path/'more', **ONE_BY_ONE | dict(per_mask=3)))
+    same = again.merge(drawn, on='seed')
+    assert len(same) == len(drawn)
+    for name in ASKED: assert (same[f'{name}_x'] == same[f'{name}_y']).all()  # whatever `per_mask` is
+    moved = read_cohort(toy_cohort(work/'moved', 3, splits=('train', 'test', 'test'), shape=32), 'csv')
+    for path in moved.image: np.save(path, np.load(path) + np.float32(.001))  # the same names, other pixels
+    other = manifest_of(synthesize(knowing, moved, tmp_path/'moved', **ONE_BY_ONE))
+    assert not set(other.asked_background.round(6)) & set(drawn.asked_background.round(6))
+    for folder in (complete, own):
+        for name, content in contents(folder).items(): assert b'toy00' not in content and 'toy00' not in name
+
+
+def test_a_model_without_tissue_values(tmp_path, checkpoint, knowing, cache, whole, caplog):
+    with caplog.at_level(logging.INFO, 'cmr_diffusion'):
+        assert contents(synthesize(checkpoint, cache, tmp_path/'draw', **ONE_BY_ONE | dict(values='draw'))) == whole
+    assert 'the model takes no tissue values' in caplog.text
+    assert read_settings(tmp_path/'draw').values == 'none' and manifest_of(tmp_path/'draw')[ASKED].isna().all(axis=None)
+    for values in ('own', 'T1 myocardium=1100'):
+        said = refused(lambda: synthesize(checkpoint, cache, tmp_path/'x', **ONE_BY_ONE | dict(values=values)))
+        assert said.startswith(f"values '{values}': the model takes no tissue values")
+    for values in ('T1 spleen=3', 'Draw', '', 'T1 myocardium=many', None, {'myocardium': 1100}):
+        said = refused(lambda: synthesize(knowing, cache, tmp_path/'x', **ONE_BY_ONE | dict(values=values)))
+        assert said.startswith(f'values {values!r}: give')
+    phantoms = phantom_masks(2, cache.spec.types)
+    said = refused(lambda: synthesize(knowing, phantoms, tmp_path/'x', values='own', device='cpu'))
+    assert said.startswith("values 'own': phantom masks")
+    assert not (tmp_path/'x').exists()
+
+
+def test_values_beyond_the_training_are_told_once(tmp_path, knowing, cache, caplog):
+    with caplog.at_level(logging.WARNING, 'cmr_diffusion'):
+        synthesize(knowing, cache, tmp_path/'out', **ONE_BY_ONE | dict(values='T1 myocardium=1900, T2 myocardium=79'))
+    told = [r.getMessage() for r in caplog.records if 'myocardium' in r.getMessage()]
+    assert len(told) == 1 and '1900 ms' in told[0] and 'range' in told[0], told
+
+
+def test_the_reader_does_not_see_the_volumes(complete, tmp_path):
+    "The cohort is the same with and without them, and they hold the same slices."
+    from cmr_diffusion.cohort.quality import findings
+    table = read_cohort(complete)
+    assert len(table) == 24 and table.usable.all() and not findings(table, complete).kind.str.contains('nifti').any()
+    volumes = read_cohort(complete/'nifti', 'csv')
+    assert volumes.usable.all() and len(volumes) == 24 and read_settings(complete).nifti
+    assert sorted(volumes.split) == sorted(table.split) and sorted(volumes.patient) == sorted(table.patient)
+    one, two = ({(r.patient, r.type, r.slice): s for r, s in zip(t.itertuples(), load_slices(t, workers=0))}
+                for t in (table, volumes))
+    assert one.keys() == two.keys()
+    for key, s in one.items():
+        for kind, number in zip(STRUCTURES[1:], (1, 2, 3)):
+            mean, again = (x.pixels[x.labels == number].mean() for x in (s, two[key]))
+            assert abs(mean - again) < .1, (key, kind)
+
+
+def test_phantoms_are_masks(tmp_path, knowing, cache, painted):
+    "The same number and seed give the same cohort; all of it is for training; `with_sources` knows the masks."
+    masks = phantom_masks(2, cache.spec.types, seed=3)
+    options = dict(steps=1, seed=1, batch_size=4, precision='float32', device='cpu')
+    out = synthesize(knowing, masks, tmp_path/'out', deform=True, **options)
+    assert images(out) == 12 and set(read_cohort(out).split) == {'train'} and read_settings(out).masks == 'phantom:2'
+    assert contents(synthesize(knowing, phantom_masks(2, cache.spec.types, seed=3), tmp_path/'again', deform=True,
+                               **options)) == contents(out)
+    assert set(with_sources(out, masks).source) == set(masks.usable.id)
+    assert with_sources(out, cache).source.isna().all()
+    assert 'no masks of split test' in refused(lambda: synthesize(knowing, masks, tmp_path/'x', ('test',), **options))
+
+
+def test_hearts_that_cannot_be_deformed_are_counted(tmp_path, knowing, cache, wide, monkeypatch, caplog):
+    from cmr_diffusion.cohort.shapes import ShapeLimits
+    monkeypatch.setattr(ShapeLimits, 'keeps', lambda *args: False)
+    with caplog.at_level(logging.WARNING, 'cmr_diffusion'):
+        out = synthesize(knowing, cache, tmp_path/'out', **ONE_BY_ONE | dict(deform=True))
+    assert '4 synthetic patients have the heart of their mask' in caplog.text and images(out) == 24
+
+
+def test_a_deformation_is_found_once_per_patient(knowing, cache, wide, monkeypatch):
+    from cmr_diffusion.synthesis import wanted
+    from cmr_diffusion.synthesis.plan import Plan
+    calls, find = [], wanted.find_deformation
+    monkeypatch.setattr(wanted, 'find_deformation', lambda *args: calls.append(len(args[0])) or find(*args))
+    patients = SyntheticPatients(Plan(mask_rows(cache, ('test',)), None, 2, 1), cache, limits=wide)
+    assert len(list(wanted.wanted_images(patients, range(24), cache.geometry))) == 24
+    assert calls == [6] * 4  # of all slices and types of the patient

@@ -49,12 +49,19 @@ WORDS = [  # commands, option, values, what the line names besides the option
     (('cmr_train',), 'batch-size', ('Auto', 'auto,16', '16.0'), "a whole number from 1 to 4096, or 'auto'"),
     (('cmr_sample',), 'sampler', ('euler', 'DDIM'), 'dpmpp_2m'), (('cmr_sample',), 'type', ('LGE', 'T1,T2'), ''),
     (('cmr_sample',), 'split', ('foo', 'test,foo', ',', 'test,', 'Test'), 'train, val, test'),
-    (('cmr_sample',), 'masks', ('no/such', '{junk}', '{empty}', '{model}'), '')]
+    (('cmr_sample',), 'masks', ('no/such', '{junk}', '{empty}', '{model}'), ''),
+    (('cmr_sample',), 'masks', ('phantom:', 'phantom:0', 'phantom:-1', 'phantom:many', 'phantom:100001', 'phantom:1.5',
+                                f'phantom:{HUGE}'), 'phantom:200'),
+    (('cmr_sample',), 'values', ('Draw', 'T1', 'T1 myocardium', 'T1 myocardium=', 'T1 myocardium=nan', 'T1 spleen=9',
+                                 'T1 myocardium=-5', 'T1 myocardium=1e9', 'T1 myocardium=1200-1100', 'myocardium=50',
+                                 'T1 myocardium=1100, T1 myocardium=1200', 'LGE myocardium=1'), '--values'),
+    (('cmr_sample',), 'format', ('NIfTI', 'dcm'), 'one of dicom, nifti')]
 EMPTY = {name: options for name, options in dict(
     cmr_check='layout out split scale pseudonymise',
     cmr_prepare='layout split type spacing crop scale pseudonymise',
     cmr_train='preset recipe init precision device experiment run-name resume batch-size register',
-    cmr_sample='masks layout split type spacing sampler precision device', cmr_evaluate='layout out device',
+    cmr_sample='masks layout split type spacing sampler precision device values format',
+    cmr_evaluate='layout out device',
     cmr_demo='out spacing device').items()}
 
 
@@ -170,11 +177,17 @@ FILES = {  # file of the folder: damages
         ('model.width', '32'), ('model.multipliers', []), ('model.more', 1), ('model.blocks', -1), ('recipe', {}),
         ('recipe.name', 'cake'), ('recipe.sigma_data', 0), ('recipe.sigma_data', math.nan), ('geometry.size', 0),
         ('geometry.spacing', 'fine'), ('values', []), ('values.T1.knee', math.nan),
-        ('values.T1.knee', 0), ('values.T2.maximum', -1), ('spec', {}), ('spec', []), ('info', 3), ('weights', 'abc'))},
+        ('values.T1.knee', 0), ('values.T2.maximum', -1), ('spec', {}), ('spec', []), ('info', 3), ('weights', 'abc'),
+        ('model.values', False), ('model.values', 'yes'), ('tissue', None), ('tissue', 3), ('tissue', ...),
+        ('tissue.names', ['T1']), ('tissue.names.1', 'T1 spleen'), ('tissue.mean', []), ('tissue.mean.1', math.nan),
+        ('tissue.low.2', 'x'), ('tissue.between.1.1', -1), ('tissue.within.0', 7), ('tissue.more', 1),
+        ('recipe.centres', 3), ('recipe.centres', ...), ('recipe.centres.T1', math.nan), ('recipe.centres.T9', 0.))},
     'model/model.safetensors': dict(nothing=text(''), a_word=text('x'), half=half, cut=cut, gone=gone, folder=folder),
     'synthetic/splits.csv': dict(nothing=text(''), a_word=text('x'), gone=gone, folder=folder,
                                  unknown=text('patient,split\nPatient (1),best\n'), zeros=text('\0\0\0')),
-    'synthetic/synthesis.json': {name: JUNK[name] for name in ('nothing', 'a_word', 'a_list', 'a_folder', 'deep')},
+    'synthetic/synthesis.json': {name: JUNK[name] for name in ('nothing', 'a_word', 'a_list', 'a_folder', 'deep')} | {
+        f'{field}={value}': of(field, value) for field, value in (
+            ('format', 99), ('format', 1), ('format', 2), ('values', 3), ('deform', 'yes'), ('guidance', -1))},
     'cohort/cohort.csv': dict(nothing=text(''), a_word=text('x'), zeros=text('\0\0\0'), folder=folder,
                               unknown=text('image,label\na.npy,b.npy\n'), bytes=JUNK['bytes'])}
 READS = dict(cache=('cmr_train', 'cmr_sample', 'cmr_evaluate'), model=('cmr_sample', 'cmr_train'),
@@ -338,8 +351,10 @@ def test_version(world, command):
 
 def test_a_right_call_is_none_of_these(world):
     "The calls above are wrong in one thing only: without it, long work begins."
-    more = dict(cmr_train=['--balance', '--batch_size', '4'], cmr_prepare=['--workers', '0', '--scale', 't2=1'],
-                cmr_sample=['--split', 'train,test', '--guidance', '0'])
+    more = dict(cmr_train=['--balance', '--batch_size', '4', '--no-tissue-values'],
+                cmr_prepare=['--workers', '0', '--scale', 't2=1'],
+                cmr_sample=['--split', 'train,test', '--guidance', '0', '--values', 'T1 left ventricle=1400-1500',
+                            '--deform', '--stacks', '--format', 'nifti'])
     for command in RIGHT:
         words = filled(world, RIGHT[command]) + more.get(command, []) if command != 'cmr_demo' else []
         with pytest.raises(AssertionError, match='long work began'): world.here(command, *words)

@@ -54,6 +54,7 @@ def _plain_image(row, facts):
     values = numbers.astype(np.float64)*(meaning.scale if scale is None else scale)
     stored = numbers if numbers.dtype.kind in 'iu' else None
     facts.update(unit=meaning.unit, signal=clean(values, meaning, facts['repairs'], facts['remarks'], stored=stored))
+    if grid is not None: facts.update(synthetic=grid.synthetic, relative=grid.relative)
     return (math.nan, math.nan) if grid is None else grid.sizes[1::-1], grid
 
 # %% ../../nbs/12_cohort.files.ipynb #12n024

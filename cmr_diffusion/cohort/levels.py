@@ -41,10 +41,12 @@ def stack_order(
     rows: pd.DataFrame,  # N rows of a cohort table: patient, type, volume, slice, and image_index where there is one
 ) -> list[np.ndarray]:  # one array of positions per stack
     "Sort the slices of each stack from one end to the other; which end is the base is not known yet."
-    keys = [(r.patient, r.type, r.volume, _series(r.slice)) for r in rows.itertuples()]
+    volumes = rows.groupby(['patient', 'type']).volume
+    files = volumes.transform('nunique') == volumes.transform('size')  # each slice in a file, and a volume, of its own
+    stack = zip(rows.patient, rows.type, rows.volume.where(~files, ''), map(_series, rows.slice))
     places = [_place(r) for r in rows.itertuples()]
     stacks = {}
-    for i, key in enumerate(keys): stacks.setdefault(key, []).append(i)
+    for i, key in enumerate(stack): stacks.setdefault(key, []).append(i)
     return [np.array(sorted(own, key=lambda i: places[i])) for own in stacks.values()]
 
 # %% ../../nbs/16c_cohort.levels.ipynb #16cn10

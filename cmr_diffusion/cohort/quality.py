@@ -138,6 +138,7 @@ def _unexpected(table, root):
     while folders:
         folder = folders.pop(0)
         if folder in used: folders += _subfolders(folder)
+        elif (folder/'cohort.csv').is_file(): continue  # a cohort of its own, as the volumes of a synthetic one are
         elif not folder.name.startswith('.') and not expected.fullmatch(folder.name):
             yield _about('unexpected folder', 'nothing of the cohort was found in it', 'excluded', str(folder))
 

@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..core import CMRError, GridSlices
-from .overlap import dice_table, first_split, Part
+from .overlap import dice_chart, dice_lines, dice_table, first_split, Part
 from .segmentation import segment, Segmenter
 
 # %% ../../nbs/63_evaluation.adherence.ipynb #63n013
@@ -87,6 +87,6 @@ def adherence(
     split = first_split(synthetic, ('test', 'val'))
     if split is None: return Part(None, 'not computed: no image is painted into a test mask (cmr_sample --split test)')
     asked, known = synthetic.of(split), real.of('train')
-    return Part(adherence_table(model, asked, real.of(split), seed),
-                f'Dice of {len(asked)} images to their {split} masks, '
-                f'read by a U-Net trained on {len(known)} real images')
+    note = f'Dice of {len(asked)} images to their {split} masks, read by a U-Net trained on {len(known)} real images'
+    table = adherence_table(model, asked, real.of(split), seed)
+    return Part(table, note, 'images', ('dice',), dice_lines(table, 'images'), dice_chart(table, 'images'))

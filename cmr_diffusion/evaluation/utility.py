@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CMRError, GridSlices, STRUCTURES
-from .overlap import check_leak, dice_table, Part
+from .overlap import check_leak, dice_chart, dice_lines, dice_table, Part
 from .segmentation import cached_segmentation, SegConfig, segment, Segmenter
 
 # %% ../../nbs/64_evaluation.utility.ipynb #430008
@@ -81,5 +81,6 @@ def utility(
     sets = training_sets(real, synthetic, grey)
     trained_on = 'real images only: no image is painted into a training mask (cmr_sample --split train)'
     if 'synthetic' in sets: trained_on = f'{len(sets["synthetic"])} synthetic or {len(sets["real"])} real images'
-    return Part(utility_table(sets, test, config, real_model, folder, device),
-                f'Dice on {len(test)} real test images of U-Nets trained on {trained_on}')
+    table = utility_table(sets, test, config, real_model, folder, device)
+    note, by = f'Dice on {len(test)} real test images of U-Nets trained on {trained_on}', 'trained_on'
+    return Part(table, note, by, ('dice',), dice_lines(table, by), dice_chart(table, by))

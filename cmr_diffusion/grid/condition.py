@@ -161,20 +161,8 @@ def one_hot(
     numbers = torch.arange(channels, device=channel_map.device)
     return (channel_map[:, None] == numbers[None, :, None, None]).float()
 
-# %% ../../nbs/21_grid.condition.ipynb #21k001
-@patch
-def centre_of(
-    self: ConditionSpec,
-    classes: Tensor,  # (B, H, W) class numbers, nothing dropped
-    centres: dict[str, float],  # image type -> mean of its training images; a type that is missing has 0
-) -> Tensor:  # (B,) float32
-    "Look up the centre of the type of each image; it is 0 for an image of padding only."
-    table = torch.zeros(self.channels + 1)
-    for name, structures in self.types: table[self.first(name):][:len(structures)] = centres.get(name, 0.)
-    return table.to(classes.device)[classes.flatten(1).amax(1).long()]
-
 # %% ../../nbs/21_grid.condition.ipynb #090014
-TENSORS = 'classes', 'spacing', 'centre', 'values'  # fields of a `Condition`, each with one entry per image
+TENSORS = 'classes', 'spacing', 'centre', 'values', 'typical'  # fields of a `Condition`, each with one entry per image
 
 @dataclass
 class Condition:
@@ -184,6 +172,7 @@ class Condition:
     channels: int  # of the one-hot map
     centre: Tensor = None  # (B,) float32: mean of the image's type, network units, never dropped; None: 0
     values: Tensor = None  # (B, channels) float32: mean of each structure, network units; nan, None: not asked for
+    typical: Tensor = None  # (B, channels) float32: what a mean is where it is not asked for, never dropped; nan: centre
 
     def __post_init__(self):
         shapes = tuple(self.classes.shape), tuple(self.spacing.shape)
@@ -192,11 +181,13 @@ class Condition:
                            'expected classes (B, H, W) and spacing (B,)')
         B, spacing = len(self.classes), self.spacing
         if self.centre is None: self.centre = spacing.new_zeros(B, dtype=torch.float32)
-        if self.values is None: self.values = spacing.new_full((B, self.channels), math.nan, dtype=torch.float32)
-        shapes = tuple(self.centre.shape), tuple(self.values.shape)
-        if shapes != ((B,), (B, self.channels)):
-            raise CMRError(f'condition of {B} images with centres {shapes[0]} and tissue values {shapes[1]}: '
-                           f'expected ({B},) and ({B}, {self.channels})')
+        for name in ('values', 'typical'):
+            if getattr(self, name) is not None: continue
+            setattr(self, name, spacing.new_full((B, self.channels), math.nan, dtype=torch.float32))
+        shapes = [tuple(getattr(self, name).shape) for name in ('centre', 'values', 'typical')]
+        if shapes != [(B,), (B, self.channels), (B, self.channels)]:
+            raise CMRError(f'condition of {B} images with centres {shapes[0]}, tissue values {shapes[1]} and typical '
+                           f'ones {shapes[2]}: expected ({B},), ({B}, {self.channels}) and ({B}, {self.channels})')
 
     def __len__(self) -> int: return len(self.classes)
 
@@ -210,6 +201,42 @@ class Condition:
     def one_hot(self) -> Tensor:  # (B, channels, H, W) float32
         "Return the one-hot map."
         return one_hot(self.classes, self.channels)
+
+# %% ../../nbs/21_grid.condition.ipynb #21k001
+@patch
+def centre_of(
+    self: ConditionSpec,
+    classes: Tensor,  # (B, H, W) class numbers, nothing dropped
+    centres: dict[str, float],  # image type -> mean of its training images; a type that is missing has 0
+) -> Tensor:  # (B,) float32
+    "Look up the centre of the type of each image; it is 0 for an image of padding only."
+    table = torch.zeros(self.channels + 1)
+    for name, structures in self.types: table[self.first(name):][:len(structures)] = centres.get(name, 0.)
+    return table.to(classes.device)[classes.flatten(1).amax(1).long()]
+
+# %% ../../nbs/21_grid.condition.ipynb #21k006
+@patch
+def centred(
+    self: ConditionSpec,
+    condition: Condition,  # of B images; nothing of it is dropped yet
+    centres: dict[str, float],  # image type -> mean of its training images, network units
+    typical: dict[str, float],  # name of a channel -> mean of its pixels in them, network units
+) -> Condition:  # the same with centres and typical values
+    "Give a condition what belongs to the image types: their centres, and the typical values of their structures."
+    centre = self.centre_of(condition.classes, centres)
+    row = torch.tensor([typical.get(name, math.nan) for name in self.names], device=centre.device)
+    return replace(condition, centre=centre, typical=row.expand(len(condition), -1))
+
+# %% ../../nbs/21_grid.condition.ipynb #21k004
+@patch
+def centre_map(
+    self: Condition,
+) -> Tensor:  # (B, 1, H, W) float32, network units
+    "Return the value that is asked for at each pixel, else the typical one of its structure, else the centre."
+    centre = self.centre[:, None]
+    means = torch.where(self.values.isnan(), self.typical, self.values)
+    means = torch.cat([torch.where(means.isnan(), centre, means), centre], dim=1)  # the last: of the null number
+    return means.gather(1, self.classes.flatten(1).long()).view(self.classes.shape)[:, None]
 
 # %% ../../nbs/21_grid.condition.ipynb #21n034
 @patch
@@ -248,7 +275,7 @@ def drop(
     self: Condition,
     dropped: Tensor,  # (B,) bool: which samples have no condition
 ) -> Condition:
-    "Drop the condition of some samples: map, spacing and tissue values, but not the centre."
+    "Drop the condition of some samples: map, spacing and tissue values, but not what belongs to the type."
     dropped = dropped.to(self.classes.device)
     classes = self.classes.masked_fill(dropped[:, None, None], self.channels)
     whole = replace(self, classes=classes, spacing=self.spacing.masked_fill(dropped, 0.))

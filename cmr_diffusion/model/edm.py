@@ -23,8 +23,9 @@ class Prepared(NamedTuple):
     "A batch of conditions as the network wants them; made once, it serves every step of sampling."
     labels: Any  # what `SDM.prepare` gave: the one-hot map (B, K, H, W), or the tables of the fast network
     spacing: Tensor  # (B,) mm; 0 where unknown
-    centre: Tensor | float = 0.  # (B,) mean of each image's type, network units
+    centre: Tensor | float = 0.  # what is taken off each pixel: (B, 1, 1, 1) or (B, 1, H, W), network units
     values: Tensor | None = None  # (B, K) mean of each structure, network units; nan: not asked for
+    spread: Tensor | None = None  # (B,) of the images about their centres, network units; None: that of the recipe
 
 def per_image(
     v: Tensor | float,  # (B,), or one number
@@ -53,14 +54,28 @@ class Denoiser(nn.Module):
         "Return the context in which the network runs."
         return torch.autocast(device.type, torch.bfloat16) if self.precision == 'bfloat16' else nullcontext()
 
+    def centre(self,
+        condition: Condition,  # of B images
+    ) -> Tensor:  # (B, 1, 1, 1) network units
+        "Return what is taken off each pixel before the network sees it: the mean of the image's type."
+        return per_image(condition.centre, condition.centre)
+
+    def spread(self,
+        condition: Condition,  # of B images
+    ) -> Tensor:  # (B,) network units
+        "Return the standard deviation that images have about their centres; EDM has its own."
+        return torch.ones_like(condition.centre)
+
 # %% ../../nbs/33_model.edm.ipynb #33n008
 @patch
 def prepare(self: Denoiser,
     *conditions: Condition,  # of the same B images; guidance has two
 ) -> Prepared:  # those of one condition after those of the other
     "Make conditions ready for many calls."
-    told = [torch.cat([getattr(c, name) for c in conditions]) for name in ('spacing', 'centre', 'values')]
-    with self.autocast(told[0].device): return Prepared(self.model.prepare(*conditions), *told)
+    spacing, values = (torch.cat([getattr(c, name) for c in conditions]) for name in ('spacing', 'values'))
+    centre, spread = (torch.cat([of(c) for c in conditions]) for of in (self.centre, self.spread))
+    with self.autocast(spacing.device): labels = self.model.prepare(*conditions)
+    return Prepared(labels, spacing, centre, values, spread)
 
 # %% ../../nbs/33_model.edm.ipynb #33n010
 @patch
@@ -86,6 +101,8 @@ class EDMRecipe:
     sigma_max: float = 80.  # highest noise level of sampling
     rho: float = 7.  # how much more densely low levels are sampled
     centres: dict[str, float] = field(default_factory=dict)  # image type -> mean of its training images; {}: all 0
+    typical: dict[str, float] = field(default_factory=dict)  # channel -> mean of its pixels; {}: the type's centre
+    sigma_null: float = 0.  # spread of images without a label map, about the type's centre; 0: `sigma_data`
 
 # %% ../../nbs/33_model.edm.ipynb #33n014
 @patch
@@ -117,17 +134,33 @@ class EDMDenoiser(Denoiser):
         "Return the noise levels of sampling, those of the recipe."
         return self.recipe.sigmas(steps)
 
+    def centre(self,
+        condition: Condition,  # of B images
+    ) -> Tensor:  # (B, 1, 1, 1), or (B, 1, H, W) where the recipe has typical values; network units
+        "Return what is taken off each pixel: the mean of the type, or that of the structure."
+        return condition.centre_map() if self.recipe.typical else Denoiser.centre(self, condition)
+
+    def spread(self,
+        condition: Condition,  # of B images
+    ) -> Tensor:  # (B,) network units
+        "Return the spread of images about their centres; it is larger where there is no label map."
+        null = (condition.classes == condition.channels).flatten(1).all(1)
+        numbers = self.recipe.sigma_data, self.recipe.sigma_null or self.recipe.sigma_data
+        return torch.where(null, numbers[1], numbers[0])
+
 # %% ../../nbs/33_model.edm.ipynb #33n018
 @patch
 def scalings(self: EDMDenoiser,
     sigma: Tensor,  # (B,)
+    spread: Tensor | None = None,  # (B,) of the images about their centres; None: `sigma_data`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (B,) each
     "Compute c_skip, c_out, c_in (table 1), and c_noise as a position on the sinusoids (0 to 1000)."
     r = self.recipe
-    total = (sigma**2 + r.sigma_data**2).sqrt()
+    if spread is None: spread = r.sigma_data
+    total = (sigma**2 + spread**2).sqrt()
     low, high = math.log(r.sigma_min), math.log(r.sigma_max)
     c_noise = 1000 * (sigma.log() - low) / (high - low)
-    return r.sigma_data**2 / total**2, sigma * r.sigma_data / total, 1 / total, c_noise
+    return spread**2 / total**2, sigma * spread / total, 1 / total, c_noise
 
 # %% ../../nbs/33_model.edm.ipynb #33n024
 @patch
@@ -139,10 +172,10 @@ def forward(self: EDMDenoiser,
 ) -> Tensor:  # estimate of x0 (B, C, H, W); with `variance` a pair of it and None
     "Estimate the image without noise (eq. 7)."
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-    skip, out, scale, t = self.scalings(sigma)
-    skip, out, scale, centre = (per_image(v, x) for v in (skip, out, scale, prepared.centre))
-    x = x - centre
-    x0 = centre + skip * x + out * self.network(scale * x, t, prepared)
+    skip, out, scale, t = self.scalings(sigma, prepared.spread)
+    skip, out, scale = (per_image(v, x) for v in (skip, out, scale))
+    x = x - prepared.centre
+    x0 = prepared.centre + skip * x + out * self.network(scale * x, t, prepared)
     return (x0, None) if variance else x0
 
 # %% ../../nbs/33_model.edm.ipynb #33n028
@@ -164,12 +197,13 @@ def loss(self: EDMDenoiser,
 ) -> dict[str, Tensor]:  # 'loss' (B,)
     "Compute equation 8 with the weight of table 1: the squared error of the raw network."
     sigma = sigma.to(x0.device)
-    skip, out, scale, t = self.scalings(sigma)
+    prepared = self.prepare(condition)
+    skip, out, scale, t = self.scalings(sigma, prepared.spread)
     skip, out, scale, level = (per_image(v, x0) for v in (skip, out, scale, sigma))
-    x0 = x0 - per_image(condition.centre, x0)
+    x0 = x0 - prepared.centre
     x = x0 + level * noise
     target = (x0 - skip * x) / out
-    error = self.network(scale * x, t, self.prepare(condition)) - target
+    error = self.network(scale * x, t, prepared) - target
     return {'loss': error.square().flatten(1).mean(1)}
 
 # %% ../../nbs/33_model.edm.ipynb #210021

@@ -9,7 +9,6 @@ __all__ = ['grid_condition', 'asked_values', 'with_values', 'check_grids', 'chec
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Annotated
 
 import numpy as np
@@ -21,8 +20,11 @@ from ..core import CMRError
 
 from ..grid.condition import Condition, ConditionSpec
 from ..grid.geometry import GridSlice
+from ..grid.tissue import in_network_units, present
 from ..grid.values import ValueTransform
 from .checkpoint import Checkpoint
+from .ddpm import DDPMRecipe
+from .edm import EDMRecipe
 from .fast_spade import fast as make_fast
 from .samplers import check_sampler, sample, whole_seeds
 from ..validation import checked
@@ -31,18 +33,19 @@ from ..validation import checked
 def grid_condition(
     spec: ConditionSpec,  # the channels of the model
     grids: list[GridSlice],  # B label maps (S, S), with type and spacing; their pixels are not looked at
-    centres: dict[str, float] = {},  # image type -> mean of its training images, network units; {}: all 0
-    values: Tensor | None = None,  # (B, channels) tissue values that are asked for, from `asked_values`
+    recipe: EDMRecipe | DDPMRecipe | None = None,  # whose centres and typical values it gets; None: it gets none
 ) -> Condition:  # of B images
     "Make the condition that label maps on the grid state."
     channel_maps = torch.from_numpy(np.stack([spec.encode(g.labels, g.type) for g in grids]))
     spacing = torch.tensor([g.mean_spacing if math.isfinite(g.mean_spacing) else 0. for g in grids])
-    return Condition(channel_maps, spacing, spec.channels, spec.centre_of(channel_maps, centres), values)
+    condition = Condition(channel_maps, spacing, spec.channels)
+    return condition if recipe is None else spec.centred(condition, recipe.centres, recipe.typical)
 
 # %% ../../nbs/37_model.painting.ipynb #37k000
 def asked_values(
     checkpoint: Checkpoint,  # the trained model
     grids: Sequence[GridSlice],  # B slices
+    classes: Tensor,  # (B, S, S) class numbers of their label maps
     values: Mapping | Sequence[Mapping] | None,  # structure -> mean in the type's unit: of all, or one per slice
 ) -> Tensor | None:  # (B, channels) network units, nan where nothing is asked for; None: nothing is asked for
     "Turn the tissue values that are asked for into those of a condition; raise `CMRError` where it cannot be done."
@@ -51,23 +54,9 @@ def asked_values(
         raise CMRError('values: this model takes no tissue values; leave them out, or train one that does')
     each = [values] * len(grids) if isinstance(values, Mapping) else list(values)
     if len(each) != len(grids): raise CMRError(f'{len(grids)} label maps and {len(each)} sets of values: give one each')
-    asked = torch.full((len(grids), checkpoint.spec.channels), math.nan)
-    for n, (g, of_image) in enumerate(zip(grids, each)):
-        for structure, value in (of_image or {}).items():
-            asked[n, _column(checkpoint.spec, g.type, structure)] = _in_network_units(checkpoint, g.type, value)
-    return asked
-
-def _column(spec: ConditionSpec, image_type: str, structure: str) -> int:
-    "The channel of a structure."
-    own = spec.structures(image_type)
-    if structure in own: return spec.first(image_type) + own.index(structure)
-    raise CMRError(f'values: {image_type} has no structure {structure!r}; it has {", ".join(own)}')
-
-def _in_network_units(checkpoint: Checkpoint, image_type: str, value: float) -> float:
-    "A tissue value in network units."
-    known = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if known: return float(checkpoint.values[image_type].forward(float(value)))
-    raise CMRError(f'values: {value!r} is no finite number; give the mean of a structure in the unit of {image_type}')
+    own = (in_network_units(dict(of or {}), checkpoint.spec, checkpoint.values, g.type) for g, of in zip(grids, each))
+    asked = torch.from_numpy(np.stack(list(own)))
+    return asked.masked_fill(~present(classes, checkpoint.spec.channels), math.nan)
 
 # %% ../../nbs/37_model.painting.ipynb #37n026
 def with_values(
@@ -160,8 +149,9 @@ def paint(
     c, device = checkpoint, next(checkpoint.model.parameters()).device
     check_sampler(sampler)
     check_grids(c, grids)
-    seeds, asked = whole_seeds(seeds, len(grids)), asked_values(c, grids, values)
-    condition = grid_condition(c.spec, grids, c.recipe.centres, asked)
+    seeds, condition = whole_seeds(seeds, len(grids)), grid_condition(c.spec, grids, c.recipe)
+    asked = asked_values(c, grids, condition.classes, values)
+    if asked is not None: condition = replace(condition, values=asked)
     if fast: make_fast(c.model)
     denoise, sigmas = c.denoiser(guidance, precision), c.denoise.sigmas(steps)
     shape = (c.model.config.image_channels, *grids[0].labels.shape)

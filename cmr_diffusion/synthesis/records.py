@@ -21,17 +21,18 @@ from fastcore.basics import chunked
 from pyarrow import parquet
 
 from ..cohort.semmelweis_writing import slice_files, write_slice
-from ..core import CMRError, logger, Stopped
-from ..grid.cache import CohortCache
+from ..core import CMRError, logger, Stopped, STRUCTURES
 from ..grid.geometry import GridSlice, unplace
 from ..processes import barrier, from_main, is_main, rank, world_size
 from ..results import result
 from ..rooms import Room
-from .label_maps import mask_rows, mask_slices
-from .plan import by_patient, mask_reference, Plan, Planned, Wanted
+from .label_maps import mask_rows, mask_slices, MaskSource
+from .plan import by_patient, mask_reference, Plan, Planned
+from .wanted import Wanted
 
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn007
-_RECORD = np.dtype([('digest', '<u8'), ('mask', 'u1', 16), ('seed', '<i8'), ('clipped', '<f8')])
+_RECORD = np.dtype([('digest', '<u8'), ('mask', 'u1', 16), ('seed', '<i8'), ('clipped', '<f8'),
+                    ('shared_seed', '<i8'), ('asked', '<f8', len(STRUCTURES)), ('origin', '<f8', 2)])
 
 class Records:
     "A file with one record for each image that is complete."
@@ -43,19 +44,20 @@ class Records:
         with open(path, 'ab') as file: file.truncate(images * _RECORD.itemsize)
 
     def put(self,
-        index: int,  # of the image
+        wanted: Wanted,  # the image, which is complete
         digest: int,  # of its files, above 0
-        mask: str,  # reference to its source, 32 hexadecimal digits
-        seed: int,  # of the image
         clipped: float,  # share of its pixels
     ):
         "Write a record."
+        asked = [(wanted.asked or {}).get(name, math.nan) for name in STRUCTURES]
+        shared_seed = -1 if wanted.shared_seed is None else wanted.shared_seed
+        record = digest, list(bytes.fromhex(wanted.mask)), wanted.seed, clipped, shared_seed, asked, wanted.origin
         with open(self.path, 'r+b') as file:
-            file.seek(index * _RECORD.itemsize)
-            file.write(np.array((digest, list(bytes.fromhex(mask)), seed, clipped), _RECORD).tobytes())
+            file.seek(wanted.image.index * _RECORD.itemsize)
+            file.write(np.array(record, _RECORD).tobytes())
 
-    def read(self) -> np.ndarray:  # (images,), with the fields digest (0: no record), mask, seed, clipped
-        "Map the records into memory."
+    def read(self) -> np.ndarray:  # (images,), with the fields of `_RECORD`; digest 0: no record
+        "Map the records into memory; a shared seed of -1 and an asked value of nan stand for none."
         return np.memmap(self.path, _RECORD, 'r', shape=(self.images,))
 
     def count(self) -> int:
@@ -86,7 +88,7 @@ def keep_image(
     image = wanted.image
     cmr_slice = replace(unplace(grid), patient=image.patient, name=image.name)
     write_slice(room/image.patient, cmr_slice, synthetic=True, seed=identity, instance=image.instance)
-    records.put(image.index, image_digest(room.path, image), wanted.mask, wanted.seed, clipped)
+    records.put(wanted, image_digest(room.path, image), clipped)
 
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn010
 def missing_images(
@@ -192,7 +194,15 @@ MANIFEST = 'manifest.parquet'
 _SCHEMA = pa.schema([
     *((name, pa.string()) for name in ('image', 'patient', 'type', 'slice', 'split', 'mask')),
     ('repetition', pa.int32()), ('seed', pa.int64()), ('guidance', pa.float64()), ('steps', pa.int32()),
-    ('sampler', pa.string()), ('precision', pa.string()), ('checkpoint', pa.string()), ('clipped_share', pa.float64())])
+    ('sampler', pa.string()), ('precision', pa.string()), ('checkpoint', pa.string()), ('clipped_share', pa.float64()),
+    ('shared_seed', pa.int64()), *((f'asked_{name}', pa.float64()) for name in STRUCTURES)])
+
+def _of_record(record: np.void) -> dict[str, Any]:
+    "Return what the record of an image tells the manifest; None is what there is not."
+    asked = {f'asked_{name}': float(v) if math.isfinite(v) else None for name, v in zip(STRUCTURES, record['asked'])}
+    shared_seed = int(record['shared_seed']) if record['shared_seed'] >= 0 else None
+    return asked | dict(mask=bytes(record['mask']).hex(), seed=int(record['seed']),
+                        clipped_share=float(record['clipped']), shared_seed=shared_seed)
 
 def write_manifest(
     room: Room,  # of the cohort, with all images in it
@@ -204,11 +214,10 @@ def write_manifest(
     known = records.read()
 
     def row(i):
-        image, record = plan[i], known[i]
+        image = plan[i]
         file = slice_files(Path(image.patient), image.type, image.name)[0].as_posix()
         names = dict(image=file, patient=image.patient, type=image.type, slice=image.name, split=image.split)
-        return painting | names | dict(mask=bytes(record['mask']).hex(), repetition=image.repetition,
-                                       seed=int(record['seed']), clipped_share=float(record['clipped']))
+        return painting | names | dict(repetition=image.repetition) | _of_record(known[i])
     with parquet.ParquetWriter(room/MANIFEST, _SCHEMA) as writer:
         for some in chunked(by_patient(plan), 1000):
             writer.write_table(pa.Table.from_pylist([row(i) for i in some], _SCHEMA))
@@ -216,7 +225,7 @@ def write_manifest(
 # %% ../../nbs/50d_synthesis.records.ipynb #50dn034
 def with_sources(
     folder: Path | str,  # of a synthetic cohort
-    masks: CohortCache | pd.DataFrame,  # cache or cohort table that it was painted from
+    masks: MaskSource | pd.DataFrame,  # cache, cohort table or phantom masks that it was painted from
 ) -> pd.DataFrame:  # the manifest with the column `source`: the id of the mask's row, nan where it is not among them
     "Find the mask from which each image of a synthetic cohort was painted."
     path, rows = Path(folder)/MANIFEST, mask_rows(masks)

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'MUCH_CLIPPED', 'SynthesisSettings', 'write_settings', 'rea
 
 # %% ../../nbs/50b_synthesis.settings.ipynb #50bn018
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from ..grid.values import ValueTransform
 from ..validation import configuration, json_of, validated
 
 # %% ../../nbs/50b_synthesis.settings.ipynb #50bn021
-FORMAT = 1  # of synthesis.json
+FORMAT = 2  # of synthesis.json
 
 @configuration
 class SynthesisSettings:
@@ -39,9 +39,21 @@ class SynthesisSettings:
     precision: str = ''  # of the network
     images: Annotated[int, Field(ge=0)] = 0  # how many were painted
     clipped_share: Annotated[float, Field(ge=0, le=1)] = 0.  # of their pixels
+    masks: str = ''  # 'phantom:200' for the label maps of that many phantom patients; '' for those of a cohort
+    values: str = 'none'  # tissue values that were asked for: 'draw', 'own', 'none', or a text that names them
+    deform: bool = False  # whether each synthetic patient has a deformed heart
+    stacks: bool = False  # whether the slices of a stack share the low frequencies of their noise
+    nifti: bool = False  # whether there are volumes beside the DICOM files
 
 # %% ../../nbs/50b_synthesis.settings.ipynb #50bn022
 _FILE, _AGAIN = 'synthesis.json', 'paint the cohort again with cmr_sample'
+_NEW = 'masks', 'values', 'deform', 'stacks', 'nifti'  # fields that format 1 does not have
+
+def _filled(read: dict, number: int) -> dict:
+    "The content of an older file, with the default values of what it lacks."
+    whole = asdict(SynthesisSettings(format=number))
+    if number == 1: return {name: whole[name] for name in _NEW} | read
+    return whole | {name: v for name, v in read.items() if name in whole}
 
 def write_settings(
     folder: Path | str,  # of the synthetic cohort
@@ -58,11 +70,9 @@ def read_settings(
     if not path.exists(): return None
     read = json_of(path, _AGAIN)
     number = read.get('format', 0) if isinstance(read, dict) else 0
-    if number not in (0, FORMAT):
+    if number not in range(FORMAT + 1):
         raise CMRError(f'{path}: of format {number}, this program reads 0 to {FORMAT}; use the version that wrote it')
-    if number == 0 and isinstance(read, dict):
-        known = {f.name for f in fields(SynthesisSettings)}
-        read = asdict(SynthesisSettings(format=0)) | {name: v for name, v in read.items() if name in known}
+    if number < FORMAT and isinstance(read, dict): read = _filled(read, number)
     return validated(SynthesisSettings, read, path, _AGAIN)
 
 # %% ../../nbs/50b_synthesis.settings.ipynb #50bn028

@@ -1,0 +1,347 @@
+"""Which recipe paints best? One arm per change, trained, painted and measured alike; the table fills row by row.
+
+    python benchmarks/arms.py CACHE WORK [--only NAME ...] [--threads 1] [--utility] [--cache96 CACHE]
+    python benchmarks/arms.py --check           # proves on a toy that every trick does what it says
+    python benchmarks/arms.py CACHE WORK --table    # only writes WORK/arms.md again;  --list: names the arms
+
+CACHE comes from `cmr_prepare`. WORK keeps one folder and one JSON file per arm, and the table `arms.md`. It can be
+stopped at any time: finished arms are not run again, and a training goes on at its last resume point. Several processes
+may work in one WORK; each takes arms that no other has. Names may hold wildcards: --only 'tissue*' 'batch 32'.
+
+Each arm paints into the same training masks (20 steps of DPM-Solver++ unless it says otherwise, the position in the
+cache as seed) and into the same test masks. Nothing is estimated: what was not run says so."""
+import argparse, fnmatch, os, re, shutil, subprocess, traceback
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from cmr_diffusion.core import CMRError, Stopped, choose_precision, hold_memory
+from cmr_diffusion.evaluation.segmentation import SegConfig
+from cmr_diffusion.grid.cache_files import CohortCache
+from cmr_diffusion.model.checkpoint import load_checkpoint, save_checkpoint
+from cmr_diffusion.model.ddpm import recipe_to_json
+from cmr_diffusion.model.edm import Guided
+from cmr_diffusion.model.fast_spade import fast
+from cmr_diffusion.rooms import hold
+from cmr_diffusion.training.callbacks import TimeBox, WarmUpCosine, objective_of
+from cmr_diffusion.training.checks import ProgressBar
+from cmr_diffusion.training.config import TrainConfig
+from cmr_diffusion.training.continuing import adopt, facts_of
+from cmr_diffusion.training.learner import config_learner
+from cmr_diffusion.training.resume import learn_again, points_in, read_point
+from cmr_diffusion.training.stopping import ResumeWriter, stop_signals
+
+import tricks
+from arms_table import plain_json, read_json, write_json, write_table
+from measures import Measuring
+
+BEST, SECOND = (-0.4, 1.4), (-0.8, 1.6)  # P_mean and P_std of the arms with tissue values: the best two so far
+TRIAL = {}  # changes of every training and painting with --trial
+PLAIN = dict(steps=20, sampler='dpmpp_2m', guidance=1., values='drawn', steered=None, length=None)
+
+
+@dataclass(frozen=True)
+class Arm:
+    "One row of the table."
+    name: str
+    what: str  # one sentence
+    train: dict = field(default_factory=dict)  # what differs in `TrainConfig` from the best arm with tissue values
+    tricks: tuple[str, ...] = ()  # of the training, keys of TRICKS
+    of: str = ''  # the arm whose training is used; '': its own
+    how: dict = field(default_factory=dict)  # what differs from PLAIN in painting
+    cache: str = ''  # '96': the cache of --cache96
+
+    @property
+    def slug(self): return re.sub(r'[^A-Za-z0-9.]+', '_', self.name).strip('_')
+
+    def config(self):
+        "Settings of the training."
+        best = dict(p_mean=BEST[0], p_std=BEST[1], steps=1000, checks=4)
+        if 'minutes' in self.train: best['steps'] = None
+        return TrainConfig(**best | self.train | TRIAL.get('minutes' if 'minutes' in self.train else 'steps', {}))
+
+    def painting(self):
+        "Settings of painting."
+        return PLAIN | ({} if self.config().tissue_values else dict(values='none')) | self.how | TRIAL.get('how', {})
+
+    def settings(self):
+        "What makes the figures of an arm: they are only measured anew where this has changed."
+        return plain_json(dict(config=asdict(self.config()), tricks=self.tricks, of=self.of, painting=self.painting()))
+
+
+def without_values(p_mean, p_std, centred=True):
+    "Changes of an arm that has no tissue values."
+    return dict(p_mean=p_mean, p_std=p_std, centred=centred, tissue_values=False)
+
+
+def sampled(name, what, **how): return Arm(name, what, of='tissue values', how=how)
+
+
+ARMS = [
+    Arm('baseline', 'as it was: not centred, P_mean -1.2, P_std 1.2', without_values(-1.2, 1.2, False)),
+    Arm('centred -0.8/1.6', 'centred, noise levels of EDM2', without_values(-.8, 1.6)),
+    Arm('centred -0.4/1.4', 'centred, higher noise levels', without_values(-.4, 1.4)),
+    Arm('centred 0/1.6', 'centred, the highest noise levels', without_values(0., 1.6)),
+    Arm('tissue values', 'the best levels with tissue values, drawn from the fitted distribution'),
+    sampled('values, own', 'asked for the values of the mask\'s own image', values='own'),
+    sampled('values, none', 'not asked for any value', values='none'),
+    sampled('values, other', 'asked for the values of a slice of another training patient', values='other'),
+    sampled('40 steps', '40 steps of DPM-Solver++ instead of 20', steps=40),
+    sampled('Heun', '20 steps of Heun: twice the evaluations', sampler='heun'),
+    sampled('EMA .02', 'weights averaged over 2 % of the training, by post-hoc EMA', length=.02),
+    sampled('EMA .05', 'weights averaged over 5 % of the training', length=.05),
+    sampled('EMA .15', 'weights averaged over 15 % of the training', length=.15),
+    sampled('EMA .20', 'weights averaged over 20 % of the training', length=.20),
+    sampled('autoguidance 1.5', 'guided away from its own snapshot after a quarter, 1.5', steered=('auto', 1.5, 4)),
+    sampled('autoguidance 2', 'guided away from its own snapshot after a quarter, 2', steered=('auto', 2., 4)),
+    sampled('autoguidance 1.5, early', 'the same with its snapshot after an eighth', steered=('auto', 1.5, 2)),
+    sampled('from level 20', 'sampling begins at noise of level 20 instead of 80: more of its steps are at low levels',
+            steered=('from', 20.)),
+    sampled('guidance 1.5', 'classifier-free guidance of 1.5 at all levels', guidance=1.5),
+    sampled('guidance 1.5 in the middle', 'the same at levels of 0.3 to 3 only', steered=('between', 1.5, .3, 3.)),
+    Arm('uncertainty', 'loss weight by learned uncertainty', tricks=('uncertainty',)),
+    Arm('high levels early', 'P_mean 1.2 higher at the start, sinking to its value at half time', tricks=('early',)),
+    Arm('batch 32', '32 slices per step: twice the images', dict(batch_size=32)),
+    Arm('apex', 'apical slices three times in each pass', tricks=('apex',)),
+    Arm('heart share', 'the share of heart in the slice is part of the condition', tricks=('share',)),
+    Arm('tissue values, seed 1', 'another seed', dict(seed=1)),
+    Arm('tissue values, seed 2', 'another seed', dict(seed=2)),
+    Arm('second', 'the second best levels with tissue values', dict(p_mean=SECOND[0], p_std=SECOND[1])),
+    Arm('second, seed 1', 'another seed', dict(p_mean=SECOND[0], p_std=SECOND[1], seed=1)),
+    Arm('second, seed 2', 'another seed', dict(p_mean=SECOND[0], p_std=SECOND[1], seed=2)),
+    Arm('3000 steps', 'three times as long', dict(steps=3000)),
+    Arm('second, 3000 steps', 'three times as long', dict(p_mean=SECOND[0], p_std=SECOND[1], steps=3000)),
+    Arm('10 minutes', 'by the clock, with the threads that the row names', dict(minutes=10.)),
+    Arm('30 minutes', 'by the clock', dict(minutes=30.)),
+    Arm('60 minutes', 'by the clock', dict(minutes=60.)),
+    Arm('96 pixels', 'a grid of 96 x 96 pixels of 1.5 mm, 60 minutes', dict(minutes=60.), cache='96')]
+BY_NAME = {arm.name: arm for arm in ARMS}
+SOURCES = {arm.of for arm in ARMS}  # trainings that other arms paint with: they keep averages for the post-hoc EMA
+OTHER_SETTINGS = 'trained with other settings; remove this folder to train it anew'
+AVERAGES = 'averages.safetensors'  # in a resume point
+
+
+# --- training ---
+
+def use_uncertainty(learn):
+    tricks.learn_uncertainty(learn)
+    return []
+
+
+def use_apex(learn):
+    tricks.show_apex_more(learn)
+    return []
+
+
+def use_share(learn):
+    objective = objective_of(learn)
+    for denoise in (objective.denoise, objective.average): tricks.tell_heart_share(denoise, learn.dls.spec)
+    return []
+
+
+def use_early(learn): return [tricks.HighLevelsEarly()]
+
+
+TRICKS = dict(uncertainty=use_uncertainty, apex=use_apex, share=use_share, early=use_early)
+
+
+class ArmResume(ResumeWriter):
+    "Writes the stored averages into each resume point, too."
+    def __init__(self, *args, averages, **options):
+        super().__init__(*args, **options)
+        self.stored = averages  # a list of one `PowerAverages`, or of none
+
+    def write(self, epoch, step_in_epoch=0):
+        super().write(epoch, step_in_epoch)
+        for averages in self.stored: averages.save(self.folder/f'step_{self.last:08d}'/AVERAGES)
+
+    def end(self): raise Stopped(f'stopped after step {self.last}; the same command goes on', self.flag.number)
+
+
+def point_to_go_on(folder, config, averages):
+    "The newest resume point that is whole, with its averages where there have to be some; None where there is none."
+    for path in points_in(folder):
+        try: point = read_point(path)
+        except CMRError as e: print(e)
+        else:
+            if point.state.facts.config != plain_json(asdict(config)): raise CMRError(f'{folder}: {OTHER_SETTINGS}')
+            if not averages or (path/AVERAGES).is_file(): return point
+    return None
+
+
+def train_arm(arm, cache, folder):
+    "Train an arm from its start or its last resume point; keep the checkpoint, and averages where an arm uses them."
+    config, resume = arm.config(), folder/'resume'
+    learn = config_learner(cache, config)
+    callbacks = [callback for name in arm.tricks for callback in TRICKS[name](learn)]
+    averages = [tricks.PowerAverages(folder/'snapshots')] if arm.name in SOURCES else []
+    point = point_to_go_on(resume, config, averages)
+    if point is None:
+        for name in ('snapshots', 'resume'): shutil.rmtree(folder/name, ignore_errors=True)
+    else:
+        learn = learn_again(adopt(learn, point.state.facts), point)
+        for stored in averages: stored.load(point.folder/AVERAGES)
+    callbacks += [WarmUpCosine(config.learning_rate, config.warmup), *averages]
+    if config.minutes is not None: callbacks.append(TimeBox(config.minutes))
+    facts = facts_of(learn, config, arm.slug)
+    with stop_signals() as flag, closing(ProgressBar()) as bar, learn.no_bar(), learn.no_logging():
+        writer = ArmResume(resume, facts, point, 3., flag, averages=averages)
+        first = 0 if point is None else point.state.epoch
+        learn.fit(config.epochs, cbs=[*callbacks, bar, writer], start_epoch=first)
+    save_checkpoint(folder/'checkpoint', learn.checkpoint)
+    names = list(learn.recorder.metric_names)[1:-1]
+    said = dict(config=asdict(config), tricks=arm.tricks, steps=objective_of(learn).steps,
+                seconds=round(writer.clock() - writer.begun, 1), threads=torch.get_num_threads(),
+                load=os.getloadavg()[1], recipe=recipe_to_json(learn.checkpoint.recipe),
+                checks=[dict(zip(names, map(float, row))) for row in learn.recorder.values])
+    write_json(folder/'training.json', said)
+    shutil.rmtree(resume, ignore_errors=True)
+
+
+# --- painting ---
+
+def weights_into(checkpoint, folder, length, upto=None):
+    "Give a checkpoint weights averaged over another length; what the least squares leave."
+    weights, left = tricks.reconstructed(folder, length, upto)
+    missing, unexpected = checkpoint.model.load_state_dict(weights, strict=False)
+    assert not unexpected and not set(missing) & {name for name, _ in checkpoint.model.named_parameters()}
+    return left
+
+
+def start_at(denoise, sigma):
+    "Let sampling begin at another noise level; what the network is told of a level stays as it was trained."
+    denoise.sigmas = replace(denoise.recipe, sigma_max=sigma).sigmas
+
+
+def checkpoint_of(arm, folder, precision):
+    "The network of an arm, as its painting wants it, and what is to be noted of it."
+    checkpoint, how, noted = load_checkpoint(folder/'checkpoint'), arm.painting(), {}
+    share = 'share' in BY_NAME.get(arm.of, arm).tricks
+    if share: tricks.tell_heart_share(checkpoint.denoise, checkpoint.spec)
+    if how['length']: noted['left'] = weights_into(checkpoint, folder/'snapshots', how['length'])
+    kind, *numbers = how['steered'] or ('',)
+    if kind == 'auto':
+        scale, part = numbers
+        weak, (step, _) = load_checkpoint(folder/'checkpoint'), tricks.snapshots(folder/'snapshots')[part - 1]
+        noted |= dict(weak_step=step, left=weights_into(weak, folder/'snapshots', .10, step))
+        fast(weak.model)
+        bad = tricks.plain(weak, precision)
+        return tricks.steered(checkpoint, lambda good: tricks.Autoguided(good, bad, scale)), noted
+    if kind == 'from':
+        start_at(checkpoint.denoise, *numbers)
+        return tricks.steered(checkpoint, lambda plain: Guided(plain, 1.)), noted
+    if kind == 'between':
+        return tricks.steered(checkpoint, lambda plain: tricks.GuidedBetween(plain, *numbers)), noted
+    if share: return tricks.steered(checkpoint, lambda plain: Guided(plain, how['guidance'])), noted
+    return checkpoint, noted
+
+
+# --- one arm ---
+
+def run_arm(arm, cache, work, measuring, utility):
+    "Train, paint and measure one arm; write its figures."
+    source = BY_NAME.get(arm.of, arm)
+    folder, precision = work/source.slug, choose_precision('auto', 'cpu')
+    if not (folder/'training.json').is_file():
+        if source is not arm: return print(f'{arm.name}: not run, since {source.name!r} is not trained yet')
+        train_arm(arm, cache, folder)
+    training = read_json(folder/'training.json')
+    if [training[k] for k in ('config', 'tricks')] != plain_json([asdict(source.config()), source.tricks]):
+        raise CMRError(f'{folder}: {OTHER_SETTINGS}')
+    checkpoint, noted = checkpoint_of(arm, folder, precision)
+    said = read_json(work/f'{arm.slug}.json') or {}
+    if said.get('settings') != arm.settings():
+        load = os.getloadavg()[1]
+        said = dict(name=arm.name, what=arm.what, settings=arm.settings(), training=training, noted=noted,
+                    cache=cache.fingerprint[:12], precision=precision, threads=torch.get_num_threads(), load=load,
+                    commit=commit(), date=f'{datetime.now():%Y-%m-%d %H:%M}')
+        said |= measuring.measure(checkpoint, arm.painting(), precision)
+        write_json(work/f'{arm.slug}.json', said)
+    if utility and 'utility' not in said:
+        said['utility'] = measuring.utility(checkpoint, arm.painting(), precision)
+        write_json(work/f'{arm.slug}.json', said)
+
+
+def commit():
+    "The commit that is measured, with a plus where files differ from it."
+    git = ['git', '-C', str(Path(__file__).parent)]
+    try:
+        named = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+        return named + '+' * bool(subprocess.run([*git, 'diff', '--quiet', 'HEAD']).returncode)
+    except OSError: return ''
+
+
+# --- the program ---
+
+def chosen(names):
+    "The arms that are wanted, in the order of the list."
+    if not names: return ARMS
+    for name in names:
+        if not any(fnmatch.fnmatchcase(arm.name, name) for arm in ARMS):
+            raise SystemExit(f'{name}: no such arm; --list names them')
+    return [arm for arm in ARMS if any(fnmatch.fnmatchcase(arm.name, name) for name in names)]
+
+
+def is_done(arm, work, utility):
+    said = read_json(work/f'{arm.slug}.json') or {}
+    return said.get('settings') == arm.settings() and (not utility or 'utility' in said)
+
+
+def run(arms, args):
+    "Run arms one after the other; those that another process has are left to it."
+    caches = {'': args.cache, '96': args.cache96}
+    for arm in arms:
+        if is_done(arm, args.work, args.utility) or not caches[arm.cache]: continue
+        cache, folder = CohortCache(caches[arm.cache]), args.work/arm.slug
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with hold(folder.resolve()):
+                print(f'{datetime.now():%H:%M} {arm.name}', flush=True)
+                seg = SegConfig(steps=10) if TRIAL else SegConfig()
+                measuring = Measuring(cache, args.work/'networks', args.images, args.images // 2, seg)
+                run_arm(arm, cache, args.work, measuring, args.utility)
+                (folder/'failed.json').unlink(missing_ok=True)
+        except Stopped as e: raise SystemExit(str(e))
+        except CMRError as e:
+            if 'another command' not in str(e): write_json(folder/'failed.json', dict(why=str(e)))
+            print(e)
+        except Exception as e:
+            traceback.print_exc()
+            write_json(folder/'failed.json', dict(why=repr(e)))
+        write_table(args.work, cache, ARMS)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('cache', type=Path, nargs='?')
+    parser.add_argument('work', type=Path, nargs='?')
+    parser.add_argument('--only', nargs='+', default=[])
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--images', type=int, default=303, help='training masks to paint; half as many test masks')
+    parser.add_argument('--utility', action='store_true', help='measure the utility of the arms, too')
+    parser.add_argument('--cache96', type=Path)
+    parser.add_argument('--trial', action='store_true',
+                        help='all of it with a tiny network and a few steps, to try the program; in a WORK of its own')
+    for name in ('list', 'table', 'check'): parser.add_argument(f'--{name}', action='store_true')
+    args = parser.parse_args()
+    tiny = dict(preset='tiny', warmup=2, batch_size=4)
+    if args.trial: TRIAL.update(steps=tiny | dict(steps=16), minutes=tiny | dict(minutes=.1), how=dict(steps=3))
+    torch.set_num_threads(args.threads)
+    if args.list: return print('\n'.join(f'{arm.name:28s}{arm.what}' for arm in chosen(args.only)))
+    if args.check: return check()
+    if args.work is None: parser.error('give CACHE and WORK')
+    hold_memory()
+    if not args.table: run(chosen(args.only), args)
+    write_table(args.work, CohortCache(args.cache), ARMS)
+    print(args.work/'arms.md')
+
+
+def check():
+    import checks_of_arms
+    checks_of_arms.main()
+
+
+if __name__ == '__main__': main()

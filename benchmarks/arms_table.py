@@ -1,0 +1,121 @@
+"""The table of `arms.py`: JSON files of single arms become one page of Markdown."""
+import json, os, platform, re
+
+from cmr_diffusion.output import atomic_path
+
+COLUMNS = ('arm', 'what it is', 'steps x batch, time, threads', 'bias', 'within / real', 'between / real',
+           'loss by quarter', 'adherence', 'apex (real)', 'utility, % of real', 's per image')
+ASKED = ('arm', 'values', 'structure', 'slope', 'r', 'mean error', 'residual sd', 'ICC', 'ICC of real')
+
+
+def plain_json(content):
+    "The content as it is when it has been written and read."
+    return json.loads(json.dumps(content))
+
+
+def read_json(path):
+    "The content of a file; None where there is none."
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path, content):
+    "Write a file whole or not at all."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as new: new.write_text(json.dumps(content, indent=1))
+
+
+# --- cells ---
+
+def line(cells): return f'| {" | ".join(cells)} |'
+
+
+def head(columns): return [line(columns), '|' + '---|' * len(columns)]
+
+
+def short(value, digits=3, sign=False):
+    "A number without its leading zero, as .095 or +.003; a stroke for none."
+    if value is None or value != value: return '-'
+    text = f'{value:+.{digits}f}' if sign else f'{value:.{digits}f}'
+    return re.sub(r'^([+-]?)0\.', r'\1.', text)
+
+
+def cell(said, column, digits=2, sign=False):
+    "One column of the table of values: the structures in their order, image types separated by a slash."
+    types = {}
+    for row in said['values']: types.setdefault(row['type'], []).append(short(row[column], digits, sign))
+    return ' / '.join(' '.join(numbers) for numbers in types.values())
+
+
+def dice_cell(rows, images=''):
+    "Dice of the structures of one set of images."
+    return ' '.join(short(row['dice']) for row in rows if row.get('images', images) == images)
+
+
+def length_cell(said):
+    "How long an arm was trained."
+    t = said['training']
+    return f'{t["steps"]} x {said["settings"]["config"]["batch_size"]}, {t["seconds"] / 60:.0f} min, {t["threads"]}'
+
+
+def apex_cell(said):
+    "Dice of painted apical slices, and of real ones in brackets."
+    own = said['by_level'].get('apical')
+    return f'{dice_cell(own["synthetic"])} ({dice_cell(own["real"])})' if own else '-'
+
+
+def utility_cell(said):
+    "Dice on real test slices after training on painted images, in percent of that after training on real ones."
+    rows = said.get('utility')
+    if not rows: return 'not run'
+    painted, real = ([r['dice'] for r in rows if r['trained_on'] == name] for name in ('synthetic', 'real'))
+    return ' '.join(f'{100 * a / b:.1f}' for a, b in zip(painted, real))
+
+
+# --- rows ---
+
+def row_of(arm, work):
+    "A row of the table."
+    said, failed = read_json(work/f'{arm.slug}.json'), read_json(work/arm.slug/'failed.json')
+    if not said:
+        state = 'trained, not measured' if (work/arm.slug/'training.json').is_file() else 'not run'
+        if failed: state = f'failed: {failed["why"]}'
+        return line([arm.name, arm.what, state] + [''] * (len(COLUMNS) - 3))
+    changed = '' if said['settings'] == arm.settings() else ' (measured with other settings)'
+    digits = 3 if said['values'][0]['unit'] == 'rel' else 0
+    return line([arm.name, arm.what + changed, length_cell(said), cell(said, 'bias', digits, True),
+                 cell(said, 'within'), cell(said, 'between'), ' '.join(short(v) for v in said['losses']),
+                 dice_cell(said['adherence'], 'synthetic'), apex_cell(said), utility_cell(said),
+                 f'{said["seconds_per_image"]:.2f}'])
+
+
+def asked_rows(arm, work):
+    "Rows of the table of tissue values, one per structure."
+    said = read_json(work/f'{arm.slug}.json') or {}
+    for r in said.get('asked', []):
+        name = f'{r["type"]} {r["structure"]}'
+        digits = 3 if abs(r.get('asked_mean', 0)) < 10 else 1  # relative units, or ms
+        yield line([arm.name, said['settings']['painting']['values'], name, f'{r["slope"]:.2f}', f'{r["r"]:.2f}',
+                    f'{r["error"]:+.{digits}f}', f'{r["residual"]:.{digits}f}', short(said['icc'].get(name), 2),
+                    short(said['icc_real'].get(name), 2)])
+
+
+def introduction(done, arms, cache):
+    "What the columns mean."
+    names, real = '-', '-'
+    if done:
+        names = ', '.join(f'{r["type"]} {r["structure"]}' for r in done[0]['values'])
+        real = dice_cell(done[0]['adherence'], 'real')
+    return (f'{len(done)} of {len(arms)} arms were run, on {platform.processor() or platform.machine()}, '
+            f'{os.cpu_count()} cores. Cache: {cache.folder.name}. Values are in the order {names}; within and between '
+            'are ratios, painted to real, of the standard deviations within slices and between them. Losses are those '
+            'of validation slices at noise levels that are the same for all arms, by quarter from the lowest, without '
+            'tissue values. Adherence is the Dice of each structure but the background in painted test masks (real '
+            f'images: {real}).')
+
+
+def write_table(work, cache, arms):
+    "Write all that is there as Markdown."
+    done = [said for said in (read_json(work/f'{arm.slug}.json') for arm in arms) if said]
+    lines = ['# Arms', '', introduction(done, arms, cache), '', *head(COLUMNS), *(row_of(arm, work) for arm in arms)]
+    lines += ['', '## Asked for and painted', '', *head(ASKED), *(row for arm in arms for row in asked_rows(arm, work))]
+    with atomic_path(work/'arms.md') as new: new.write_text('\n'.join(lines) + '\n')

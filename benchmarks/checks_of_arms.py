@@ -1,0 +1,344 @@
+"""Proves on a toy that every trick of `arms.py` does what its row in the table says; run by arms.py --check."""
+import os, signal, tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+
+import arms, measures, tricks
+from cmr_diffusion.cohort.table import read_cohort
+from cmr_diffusion.core import Stopped
+from cmr_diffusion.evaluation.segmentation import SegConfig
+from cmr_diffusion.grid.cache import prepare
+from cmr_diffusion.grid.geometry import Geometry
+from cmr_diffusion.grid.loaders import images_and_condition
+from cmr_diffusion.model.checkpoint import load_checkpoint
+from cmr_diffusion.model.edm import EDMDenoiser, Guided
+from cmr_diffusion.model.painting import grid_condition, paint
+from cmr_diffusion.toy import toy_cohort
+from cmr_diffusion.training.callbacks import Noising, objective_of
+from cmr_diffusion.training.learner import config_learner
+
+
+def near(a, b, tolerance=1e-6):
+    "Assert that two numbers or arrays are the same up to a tolerance."
+    a, b = (v.detach().double().numpy() if isinstance(v, torch.Tensor) else np.asarray(v, float) for v in (a, b))
+    assert np.allclose(a, b, rtol=tolerance, atol=tolerance), (a, b)
+
+
+def awake(model):
+    "Give a network weights at random everywhere, since those that begin at zero would hide what its input does."
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters(): p.data = torch.randn(p.shape, generator=generator) / max(1, p[0].numel())**.5
+    return model
+
+
+# --- post-hoc EMA ---
+
+def check_profiles():
+    near([tricks.exponent(.05), tricks.exponent(.10)], [16.97, 6.94], 1e-2)  # as in the paper
+    for length in (.02, .05, .1, .2, .25):
+        g = tricks.exponent(length)
+        near((g + 1)**.5 / ((g + 2) * (g + 3)**.5), length)
+        p = tricks.profile(g, 700, 1000)
+        near(p.sum(), 1)
+        assert not p[700:].any()
+    steps = np.arange(1, 1001) / 1000
+    p = tricks.profile(tricks.exponent(.1), 1000, 1000)
+    near(np.sqrt((p * steps**2).sum() - (p * steps).sum()**2), .1, 2e-2)  # relative standard deviation
+
+
+def check_reconstruction():
+    "Wanted averages, made of two stored ones at sixteen places, against those that a training would have stored."
+    rng, steps = np.random.default_rng(0), 1000
+    path = np.cumsum(rng.standard_normal((steps, 20)), 0) / 10 + np.log(np.arange(1, steps + 1))[:, None]
+    stored = [(tricks.exponent(own), part * steps // 16) for part in range(1, 17) for own in tricks.LENGTHS]
+    averages = np.stack([tricks.profile(g, at, steps) @ path for g, at in stored])
+    for length, most in ((.02, .2), (.05, 1e-6), (.10, 1e-6), (.07, .01), (.15, .05), (.20, .05)):
+        x, left = tricks.solved(stored, (tricks.exponent(length), steps), steps)
+        wanted = tricks.profile(tricks.exponent(length), steps, steps) @ path
+        error = abs(x @ averages - wanted).mean() / abs(path[-1] - path.mean(0)).mean()
+        print(f'  EMA {length:.2f}: least squares leave {left:.4f} of the profile, the weights are off by {error:.4f}')
+        assert error < most, (length, error)
+
+
+class Weights(Callback):
+    "Notes the first weights of the network after every step."
+    order = tricks.PowerAverages.order + 1
+    def __init__(self): self.seen = []
+    def after_step(self):
+        first = next(objective_of(self.learn).network.parameters())
+        self.seen.append(first.detach().clone().flatten())
+
+
+def check_averages(cache, folder):
+    "The averages that a training stores are the sums of its weights with the weights of the profile."
+    config, seen, averages = small(), Weights(), tricks.PowerAverages(folder/'snapshots', parts=4)
+    learn = config_learner(cache, config)
+    with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, cbs=[averages, seen])
+    name = next(iter(averages.averages[.05]))
+    found = tricks.snapshots(folder/'snapshots')
+    assert [step for step, _ in found] == [4, 8, 12, 16], found
+    for step, path in found:
+        stored = tricks.load_file(path)
+        for length in tricks.LENGTHS:
+            profile = torch.tensor(tricks.profile(tricks.exponent(length), step, 16)).float()
+            near(stored[f'{length}/{name}'].flatten(), profile @ torch.stack(seen.seen), 1e-4)
+    weights, left = tricks.reconstructed(folder/'snapshots', .10, 8)
+    near(weights[name], tricks.load_file(found[1][1])[f'0.1/{name}'], 1e-4)
+    assert left < 1e-6
+
+
+# --- training ---
+
+def small(**changes):
+    "A training of 16 steps with a tiny network."
+    tiny = dict(preset='tiny', steps=16, warmup=2, batch_size=4, precision='float32')
+    return replace(arms.Arm('', '').config(), **tiny | changes)
+
+
+def check_uncertainty(cache):
+    learn = config_learner(cache, small())
+    tricks.learn_uncertainty(learn)
+    objective = objective_of(learn)
+    x0, condition = images_and_condition(learn.dls.one_batch(), learn.dls.spec)[:2]
+    condition = replace(condition, classes=condition.classes)
+    sigma, noise = torch.tensor([.05, .3, 1., 5.]), torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    denoise = objective.denoise
+    plain = EDMDenoiser(denoise.model, denoise.recipe).loss(x0, condition, sigma, noise)['loss']
+    denoise.train()
+    near(denoise.loss(x0, condition, sigma, noise)['loss'], plain)  # u begins at 0
+    torch.nn.init.normal_(denoise.uncertainty.weight, std=.1)
+    u = denoise.log_uncertainty(sigma)
+    near(denoise.loss(x0, condition, sigma, noise)['loss'], plain / u.exp() + u, 1e-5)
+    denoise.eval()
+    near(denoise.loss(x0, condition, sigma, noise)['loss'], plain)  # the validation is that of every arm
+    torch.nn.init.zeros_(denoise.uncertainty.weight)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    trained = [p for group in learn.opt.param_lists for p in group]
+    assert any(p is denoise.uncertainty.weight for p in trained) and denoise.uncertainty.weight.abs().max() > 0
+    assert len(trained) == 1 + len(list(denoise.model.parameters()))
+
+    # u finds the logarithm of the expected loss at each level within the steps of an arm, at its learning rate
+    torch.nn.init.zeros_(denoise.uncertainty.weight)
+    opt = torch.optim.AdamW(denoise.uncertainty.parameters(), 4e-4, weight_decay=0.)
+    generator = torch.Generator().manual_seed(0)
+    def expected(sigma): return .9 / (1 + sigma) + .05
+    for _ in range(500):
+        sigma = denoise.draw(16, generator)
+        loss = expected(sigma) * torch.rand(16, generator=generator) * 2
+        u = denoise.log_uncertainty(sigma)
+        (loss / u.exp() + u).mean().backward()
+        opt.step()
+        opt.zero_grad()
+    levels = torch.tensor([.1, .5, 1., 3.])
+    off = (denoise.log_uncertainty(levels) - expected(levels).log()).abs()
+    print('  uncertainty: |u - log of the expected loss| after 500 steps', [round(v, 2) for v in off.tolist()])
+    assert off.max() < .5
+
+
+class Levels(Callback):
+    "Notes the noise levels of training and validation."
+    order = Noising.order + 5
+    def __init__(self): self.train, self.valid = [], []
+    def before_batch(self): (self.train if self.training else self.valid).append(self.xb[2].log().mean().item())
+
+
+def levels_of(cache, config, *callbacks):
+    learn, seen = config_learner(cache, config), Levels()
+    with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, cbs=[seen, *callbacks])
+    return learn, seen
+
+
+def check_early(cache):
+    config = small(steps=40, batch_size=16)
+    _, usual = levels_of(cache, config)
+    learn, early = levels_of(cache, config, tricks.HighLevelsEarly())
+    lift = np.subtract(early.train, usual.train)  # the same random numbers
+    near(lift[0], 1.2, 1e-4)
+    near(lift[10], .6, 1e-4)
+    near(lift[20:], 0, 1e-5)
+    assert (np.diff(lift[:20]) < 0).all()
+    near(early.valid, usual.valid)
+    assert objective_of(learn).denoise.recipe == learn.checkpoint.recipe
+    assert learn.checkpoint.recipe.p_mean == config.p_mean
+
+
+def check_share(cache):
+    learn = config_learner(cache, small(tissue_values=True))
+    arms.use_share(learn)
+    objective = objective_of(learn)
+    learn.dls.train.epoch = 0
+    x0, condition = images_and_condition(learn.dls.one_batch(), learn.dls.spec)[:2]
+    condition = condition.drop(torch.tensor([True, False, False, False]))
+    for denoise in (objective.denoise, objective.average):
+        values = denoise.prepare(condition).values
+        assert values[0].isnan().all()  # nothing is told where the condition is dropped
+        names = learn.dls.spec.names
+        for classes, row in zip(condition.classes[1:], values[1:]):
+            numbers = [n for n, name in enumerate(names) if n and not name.endswith('background')]
+            near(row[0], sum(int((classes == n).sum()) for n in numbers) / int((classes > 0).sum()))
+        near(values[1:, 1:].nan_to_num(9), condition.values[1:, 1:].nan_to_num(9))  # the tissue values stay
+    awake(objective.denoise.model)
+    with torch.no_grad():
+        prepared = objective.denoise.prepare(condition)
+        other = prepared._replace(values=torch.where(torch.arange(prepared.values.shape[1]) == 0, .5, prepared.values))
+        one, two = (objective.denoise(x0, 1., p) for p in (prepared, other))
+    assert ((one - two)[1:].abs().amax((1, 2, 3)) > 0).all()  # the network reads it
+    checkpoint = tricks.steered(replace(learn.checkpoint, denoise=objective.denoise), lambda d: Guided(d, 1.))
+    kept = checkpoint.denoiser(1.).denoise
+    assert type(kept) is tricks.HeartShareDenoiser and torch.equal(kept.backgrounds, objective.denoise.backgrounds)
+
+
+def check_apex(cache):
+    learn = config_learner(cache, small())
+    stream = learn.dls.train_ds
+    before = len(stream)
+    levels = cache.usable.level.to_numpy()
+    tricks.show_apex_more(learn)
+    drawn = np.array([levels[stream.draw(n)[1]] for n in range(10 * len(stream))])
+    counts = {level: (drawn == level).sum() for level in ('basal', 'mid', 'apical')}
+    assert counts['apical'] == 3 * counts['mid'] == 3 * counts['basal'], counts
+    assert len(stream) == before * 5 // 3
+    first = next(i for i in stream.positions if levels[i] == 'apical')
+    copies = [stream[n][0] for n in range(len(stream)) if stream.draw(n)[1] == first]
+    assert len(copies) == 3 and not np.array_equal(copies[0], copies[1])  # each with its own spacing and shift
+    assert np.array_equal(stream[5][0], stream[5][0])
+
+
+# --- sampling ---
+
+def toy_checkpoint(cache, values=True, seed=0):
+    "An untrained network with weights everywhere, as a checkpoint."
+    learn = config_learner(cache, small(tissue_values=values, seed=seed))
+    awake(learn.checkpoint.model)
+    return learn.checkpoint
+
+
+def check_guidance(cache):
+    checkpoint, other = toy_checkpoint(cache), toy_checkpoint(cache)
+    for p in other.model.parameters(): p.data += .01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    grids = [cache.grid(i) for i in range(2)]
+    condition = grid_condition(checkpoint.spec, grids, checkpoint.recipe)
+    good, bad = tricks.plain(checkpoint, 'float32'), tricks.plain(other, 'float32')
+    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (d(x, 1., d.prepare(condition)) for d in (good, bad))
+        assert not torch.allclose(a, b)
+        for scale in (0., 1., 1.5):
+            guided = tricks.Autoguided(good, bad, scale)
+            near(guided(x, 1., guided.prepare(condition)), b + scale * (a - b), 1e-5)
+        between, full = tricks.GuidedBetween(good, 2., .3, 3.), Guided(good, 2.)
+        prepared = between.prepare(condition)
+        for sigma, inside in ((.29, False), (.31, True), (3., True), (3.1, False)):
+            own = full(x, sigma, full.prepare(condition)) if inside else good(x, sigma, good.prepare(condition))
+            near(between(x, sigma, prepared), own, 1e-5)
+            assert not inside or not torch.allclose(own, good(x, sigma, good.prepare(condition)))
+    inside = sum(.3 < level <= 3 for level in checkpoint.recipe.sigmas(20).tolist())
+    print(f'  guidance in the middle: {inside} of 20 steps')
+    seen, plain = [], [p.pixels for p in paint(checkpoint, grids, [0, 1], steps=4)]
+    usual = checkpoint.denoise.scalings(torch.tensor([1.]))
+    class Watched(Guided):
+        def __call__(self, x, sigma, *rest): return seen.append(float(sigma)) or super().__call__(x, sigma, *rest)
+    lower = toy_checkpoint(cache)
+    arms.start_at(lower.denoise, 20.)
+    paint(tricks.steered(lower, lambda d: Watched(d, 1.)), grids, [0, 1], steps=4)
+    near([len(seen), seen[0], seen[-1]], [4, 20, .002], 1e-4)
+    near(usual, lower.denoise.scalings(torch.tensor([1.])))  # the network is told the same of a level as before
+    same = tricks.steered(checkpoint, lambda d: tricks.Autoguided(d, d, 2.))
+    near(plain, [p.pixels for p in paint(same, grids, [0, 1], steps=4)], 1e-3)  # a weak network that is no weaker
+    guided = tricks.steered(checkpoint, lambda d: tricks.GuidedBetween(d, 2., 0., 1e9))
+    usual = [p.pixels for p in paint(checkpoint, grids, [0, 1], 2., 4)]
+    near(usual, [p.pixels for p in paint(guided, grids, [0, 1], steps=4)], 1e-3)
+
+
+# --- measures ---
+
+def check_values(cache):
+    checkpoint, masks = toy_checkpoint(cache), measures.Masks.of(cache, 'train')
+    rows = masks.real.rows
+    source = measures.other_patients(rows)
+    assert (rows.patient.to_numpy()[source] != rows.patient).all() and (rows.type.to_numpy()[source] == rows.type).all()
+    own = measures.values_for(checkpoint, masks, 'own')
+    for asked, grid in zip(own, masks.grids):
+        for name, value in asked.items():
+            pixels = grid.pixels[grid.labels == measures.STRUCTURES.index(name)]
+            transform = checkpoint.values[grid.type]
+            near(value, np.clip(pixels, transform.minimum, transform.maximum).mean(), .01)
+    drawn, again = (measures.values_for(checkpoint, masks, 'drawn') for _ in range(2))
+    assert drawn == again and [set(d) for d in drawn] == [set(o) for o in own]  # of the structures that are there
+    column = checkpoint.spec.first(rows.type[0]) + 1
+    all_values = measures.drawn_values(checkpoint, rows)
+    groups = [all_values[at, column] for at in rows.groupby('patient').indices.values()]
+    assert np.std([g.mean() for g in groups]) > 0 and measures.intraclass(groups) > 0
+    assert measures.values_for(checkpoint, masks, 'none') is None
+
+
+def check_measures(cache, folder):
+    near(measures.intraclass([np.array([1., 1., 1.]), np.array([2., 2.])]), 1)
+    rng = np.random.default_rng(0)
+    near(measures.intraclass([rng.normal(p, 1, 8) for p in rng.normal(0, 1, 3000)]), .5, .05)
+    masks, checkpoint = measures.Masks.of(cache, 'train'), toy_checkpoint(cache)
+    asked = measures.values_for(checkpoint, masks, 'own')
+    table = measures.asked_and_painted(asked, masks.real, checkpoint.values)  # these images show what is asked for
+    near(table.slope, 1, .02)
+    near(table.error / table.asked_mean, 0, .01)
+    untrained = config_learner(cache, small()).checkpoint  # its network says 0
+    measuring = measures.Measuring(cache, folder, 10**9, 10**9, SegConfig(steps=2))
+    losses = measures.sigma_losses(untrained, measuring.val, 'float32', untrained.recipe.sigma_data)
+    near(losses, 1, .25)  # c_skip x alone explains what a Gaussian of that spread has: the loss is 1 at every level
+    again = measures.sigma_losses(untrained, measuring.val, 'float32', untrained.recipe.sigma_data)
+    assert losses == again
+
+
+# --- the program ---
+
+def check_resume(cache, folder):
+    "A training that is stopped in between ends with the weights and the averages of one that is not."
+    class Stop(Callback):
+        order = 1000  # before a step, so that the step is finished
+        def before_batch(self):
+            if self.training and objective_of(self.learn).steps == 9: os.kill(os.getpid(), signal.SIGTERM)
+    arms.SOURCES.add('resumed')
+    tiny = dict(steps=16, preset='tiny', warmup=2, batch_size=4)
+    arm = arms.Arm('resumed', '', tiny, tricks=('uncertainty', 'early'))
+    arms.train_arm(arm, cache, folder/'straight')
+    make = arms.TRICKS['early']
+    arms.TRICKS['early'] = lambda learn: [*make(learn), Stop()]
+    try:
+        arms.train_arm(arm, cache, folder/'stopped')
+        raise AssertionError('not stopped')
+    except Stopped: pass
+    finally: arms.TRICKS['early'] = make
+    assert not (folder/'stopped'/'training.json').exists()
+    arms.train_arm(arm, cache, folder/'stopped')
+    one, two = (load_checkpoint(folder/name/'checkpoint') for name in ('straight', 'stopped'))
+    assert one.digest() == two.digest()
+    for (step, a), (other, b) in zip(*(tricks.snapshots(folder/name/'snapshots') for name in ('straight', 'stopped'))):
+        assert step == other and all(torch.equal(v, tricks.load_file(b)[k]) for k, v in tricks.load_file(a).items())
+
+
+def check_arms():
+    "Names are unique, every source is there, and each arm differs from the best one only in what it says."
+    slugs = [arm.slug for arm in arms.ARMS]
+    assert len(set(slugs)) == len(slugs)
+    best, plain = asdict(arms.BY_NAME['tissue values'].config()), arms.BY_NAME['tissue values'].painting()
+    for arm in arms.ARMS:
+        assert not arm.of or arm.of in arms.BY_NAME and not arm.train and not arm.tricks
+        own = arm.config()
+        changes = [f'{k} {v}' for k, v in asdict(own).items() if best[k] != v]
+        changes += [f'{k} {v}' for k, v in arm.painting().items() if plain[k] != v]
+        print(f'  {arm.name:28s}{", ".join([*changes, *arm.tricks]) or "(the best)"}')
+
+
+def main():
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        geometry = Geometry(32, (2.5, 3.5), 'heart', 2)
+        cache = prepare(read_cohort(toy_cohort(d/'cohort', 6), 'csv'), d/'cache', geometry, workers=0)
+        for check in (check_arms, check_profiles, check_reconstruction, check_averages, check_uncertainty, check_early,
+                      check_share, check_apex, check_guidance, check_values, check_measures, check_resume):
+            check(*[cache, d][:check.__code__.co_argcount])
+            print(f'{check.__name__.removeprefix("check_")}: as stated', flush=True)
