@@ -4,7 +4,7 @@ import json, os, platform, re
 from cmr_diffusion.output import atomic_path
 
 COLUMNS = ('arm', 'what it is', 'steps x batch, time, threads', 'bias', 'within / real', 'between / real',
-           'loss by quarter', 'adherence', 'apex (real)', 'utility, % of real', 's per image')
+           'loss by quarter', 'adherence', 'apex (real)', 'edge / real, apex', 'utility, % of real', 's per image')
 ASKED = ('arm', 'values', 'structure', 'slope', 'r', 'mean error', 'residual sd', 'ICC', 'ICC of real')
 
 
@@ -63,6 +63,14 @@ def apex_cell(said):
     return f'{dice_cell(own["synthetic"])} ({dice_cell(own["real"])})' if own else '-'
 
 
+def edge_cell(said):
+    "Width of the endocardial border, painted to real: of all slices, and of apical ones; by image type."
+    ratios = {}
+    for row in said.get('edges', []):
+        if row['level'] in ('all', 'apical'): ratios.setdefault(row['type'], []).append(short(row['ratio'], 2))
+    return ' / '.join(' '.join(pair) for pair in ratios.values()) or '-'
+
+
 def utility_cell(said):
     "Dice on real test slices after training on painted images, in percent of that after training on real ones."
     rows = said.get('utility')
@@ -84,7 +92,7 @@ def row_of(arm, work):
     digits = 3 if said['values'][0]['unit'] == 'rel' else 0
     return line([arm.name, arm.what + changed, length_cell(said), cell(said, 'bias', digits, True),
                  cell(said, 'within'), cell(said, 'between'), ' '.join(short(v) for v in said['losses']),
-                 dice_cell(said['adherence'], 'synthetic'), apex_cell(said), utility_cell(said),
+                 dice_cell(said['adherence'], 'synthetic'), apex_cell(said), edge_cell(said), utility_cell(said),
                  f'{said["seconds_per_image"]:.2f}'])
 
 

@@ -9,6 +9,7 @@ import torch
 from cmr_diffusion.cohort.levels import LEVELS, slice_levels
 from cmr_diffusion.core import GridSlices, STRUCTURES, stable_seed
 from cmr_diffusion.evaluation.adherence import adherence_table
+from cmr_diffusion.evaluation.edges import edge_table
 from cmr_diffusion.evaluation.fidelity import slice_values, value_table
 from cmr_diffusion.evaluation.overlap import dice_table
 from cmr_diffusion.evaluation.segmentation import SegConfig, cached_segmentation, segment
@@ -173,6 +174,7 @@ class Measuring:
         train, asked = painted(checkpoint, self.train, how, precision, 'train masks')
         found = dict(images=len(train), seconds_per_image=round((time.monotonic() - started) / len(train), 3))
         found['values'] = records(value_table(self.train.real, train, values))
+        found['edges'] = records(edge_table(self.train.real, train, values, self.cache.geometry))
         found['icc'], found['icc_real'] = same_patient(train, values), same_patient(self.train.real, values)
         if asked is not None: found['asked'] = records(asked_and_painted(asked, train, values))
         found['losses'] = sigma_losses(checkpoint, self.val, precision, self.spread)

@@ -72,7 +72,7 @@ def backgrounds(real, arms):
         each = {name: own.loc[image_type] for name, own in found.items()}
         nearest = min(arms, key=lambda name: abs(each[name].correlation - each['real'].correlation))
         numbers = [f'{own.correlation:.2f} ({own.floor:.2f})' for own in each.values()]
-        rows.append([image_type, str(each['real'].pairs), *numbers, nearest])
+        rows.append([image_type, f'{each["real"].pairs:.0f}', *numbers, nearest])
     return table(['type', 'pairs', *(f'{name} (floor)' for name in found), 'nearer to real'], rows)
 
 
@@ -82,7 +82,8 @@ def harm(real, arms, transforms):
     spread = {name: value_table(real, slices, transforms) for name, slices in arms.items()}
     rows = []
     for n, name in enumerate(row_names(icc[next(iter(arms))])):
-        numbers = [f'{icc[arm].icc[n]:.2f} · {spread[arm].within[n]:.2f} · {spread[arm].between[n]:.2f}' for arm in arms]
+        each = [(icc[arm].icc[n], spread[arm].within[n], spread[arm].between[n]) for arm in arms]
+        numbers = [' · '.join(f'{number:.2f}' for number in own) for own in each]
         rows.append([name, f'{icc[next(iter(arms))].real_icc[n]:.2f}', *numbers])
     return table(['structure', 'real', *(f'{arm}: ICC · within · between' for arm in arms)], rows)
 

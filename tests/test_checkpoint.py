@@ -93,13 +93,14 @@ def test_format_1_is_read(folder):
 
 
 ODD = {
-    'format': [3, '2', None, True], 'model': [None, [], 'tiny'], 'recipe': [None, [], 'edm'], 'spec': [None, {}, 'T1'],
+    'format': [4, '2', None, True], 'model': [None, [], 'tiny'], 'recipe': [None, [], 'edm'], 'spec': [None, {}, 'T1'],
     'values': [None, [], {}], 'geometry': [None, [32, 2.]], 'info': [None, []], 'weights': [None, 7],
     'model.width': [None, '32', 0, -32, 33, 3200000, [32]], 'model.blocks': [0, -1, 10**9],
     'model.multipliers': [2, [], [0, 1], ['a']], 'model.label_channels': [0, 8, 1.5], 'model.dropout': [2],
     'model.unknown': [1], 'recipe.name': ['karras', None, 3, []],
     'recipe.sigma_data': [None, -1., 'half', float('nan')],
-    'recipe.rho': [0], 'recipe.sigma_min': [0], 'spec.0': [3, ['T1']], 'spec.0.1': [['heart'], 'background'],
+    'recipe.centres': [None, [], {'T1': 'dark'}, {'T1': 1e9}], 'recipe.typical': [3, {'T1 wall': None}],
+    'recipe.sigma_null': [-1.], 'tissue': [3, [], {}], 'model.values': [True, 'yes'], 'recipe.rho': [0], 'recipe.sigma_min': [0], 'spec.0': [3, ['T1']], 'spec.0.1': [['heart'], 'background'],
     'values.T1': [None, [], 3], 'values.T1.knee': [None, -1., 'high', float('nan')], 'values.T1.type': ['T2'],
     'geometry.size': [0, -1, 'large', 10**6], 'geometry.spacing': [-2., 0, 'wide', float('nan')],
     'geometry.crop': ['x']}
@@ -129,11 +130,11 @@ def test_what_is_no_configuration(folder, content):
 
 
 @pytest.mark.parametrize('number, wrote, words', [
-    (99, __version__, 'damaged, or not written by cmr_train (format 99: give 1 or 2); copy the checkpoint again'),
-    ('x', __version__, "damaged, or not written by cmr_train (format 'x': give 1 or 2); copy the checkpoint again"),
-    (0, __version__, '(format 0: give 1 or 2)'), (True, __version__, '(format True: give 1 or 2)'),
-    (99, None, '(format 99: give 1 or 2)'), (99, 5, '(format 99: give 1 or 2)'),
-    (3, '9.1.0', 'a checkpoint of format 3, written by cmr_diffusion 9.1.0; ')])
+    (99, __version__, 'damaged, or not written by cmr_train (format 99: give 1 to 3); copy the checkpoint again'),
+    ('x', __version__, "damaged, or not written by cmr_train (format 'x': give 1 to 3); copy the checkpoint again"),
+    (0, __version__, '(format 0: give 1 to 3)'), (True, __version__, '(format True: give 1 to 3)'),
+    (99, None, '(format 99: give 1 to 3)'), (99, 5, '(format 99: give 1 to 3)'),
+    (4, '9.1.0', 'a checkpoint of format 4, written by cmr_diffusion 9.1.0; ')])
 def test_formats(folder, number, wrote, words):
     "The line said to use the version that wrote it, and named the one that was running."
     change(folder, format=number, cmr_diffusion=wrote)

@@ -100,6 +100,7 @@ def test_a_training_that_is_stopped_goes_on(place, cache):
     program, folder, *resume = line.split()
     assert (program, folder, resume[0]) == ('cmr_train', str(cache), '--resume')
     one_line(place.here('cmr_train', cache, *resume, '--steps', 50, '--device', 'cpu'), '--steps 50', 'has 40')
+    one_line(place.here('cmr_train', cache, *resume, '--no-tissue-values', '--device', 'cpu'), 'tissue_values False')
     done = place.run('cmr_train', cache, *resume, '--steps', 40, '--device', 'cpu')
     assert done.returncode == 0 and f'run {name} (' in done.stdout and 'goes on from step' in done.stderr, done.stderr
     assert 'training: step 40 (100 %)' in done.stderr and '\r' not in done.stderr
@@ -130,6 +131,6 @@ def test_a_training_without_tissue_values(place, cache):
     place.must('cmr_train', cache, *options, '--no-tissue-values', '--run-name', 'without')
     one_line(place.here('cmr_sample', 'without', '--masks', cache, 'x', '--values', 'own', '--device', 'cpu'),
              "--values 'own': the model takes no tissue values")
-    done = place.run('cmr_sample', 'without', '--masks', cache, 'plain', '--split', 'test', '--steps', 1, '--device', 'cpu')
+    options = ('--split', 'test', '--steps', 1, '--device', 'cpu')
+    done = place.run('cmr_sample', 'without', '--masks', cache, 'plain', *options)
     assert done.returncode == 0 and 'takes no tissue values' in done.stderr, done.stderr
-    one_line(place.here('cmr_train', cache, '--resume', 'few_steps', '--no-tissue-values'), 'tissue', 'few_steps')

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from cmr_diffusion import CMRError, CohortCache, Geometry, prepare, read_cohort, synthesize
+from cmr_diffusion import CMRError, Geometry, prepare, read_cohort, synthesize
+from cmr_diffusion.cohort.files import load_slice
 from cmr_diffusion.cohort.levels import LEVELS, slice_levels
 from cmr_diffusion.core import PADDING, shared_data, STRUCTURES
 from cmr_diffusion.evaluation.patients import icc_table, neighbour_table
@@ -22,7 +23,7 @@ from cmr_diffusion.model.edm import EDMDenoiser
 from cmr_diffusion.model.sdm import SDM, sdm_config
 from cmr_diffusion.synthesis import cohort as synthesis
 from cmr_diffusion.synthesis.phantom_masks import phantom_masks
-from cmr_diffusion.toy import toy_cohort
+from cmr_diffusion.toy import toy_cohort, toy_grid
 
 PAINTING = dict(steps=1, precision='float32', device='cpu')
 SHORT = SegConfig(decoder=(16, 16), steps=2, batch_size=8)
@@ -46,8 +47,9 @@ def checkpoint(cache):
     torch.manual_seed(0)
     model = SDM(sdm_config('tiny', label_channels=cache.spec.channels, hidden=8, values=True))
     known = grid_slices(cache, 'train')
-    model_of_values = TissueModel.fit(measure_slices(known, cache.spec, cache.values), known.rows.patient, cache.spec.names)
-    return Checkpoint(EDMDenoiser(model), cache.spec, cache.values, cache.geometry, dict(run_id=None), model_of_values)
+    measured = measure_slices(known, cache.spec, cache.values)
+    tissues = TissueModel.fit(measured, known.rows.patient, cache.spec.names)
+    return Checkpoint(EDMDenoiser(model), cache.spec, cache.values, cache.geometry, dict(run_id=None), tissues)
 
 
 def obedient(checkpoint, grids, seeds, values=None, **options):
@@ -181,7 +183,6 @@ def test_thirds_find_the_levels_of_acdc():
     "ACDC states the order of its slices; what the sizes of the hearts say agrees with it."
     table = read_cohort(shared_data()/'acdc', 'acdc', workers=0)
     table = table[table.usable & table.patient.isin(sorted(table.patient.unique())[::10])].reset_index(drop=True)
-    from cmr_diffusion.cohort.files import load_slice
     label_maps = [load_slice(row).labels for _, row in table.iterrows()]
     found = slice_levels(table.assign(level=''), label_maps)
     assert (found == table.level).mean() > .95 and set(found) == set(LEVELS)
@@ -190,7 +191,6 @@ def test_thirds_find_the_levels_of_acdc():
 
 def test_neighbours_of_the_same_patient_only():
     "Slices of two stacks are never neighbours, whatever order the rows come in."
-    from cmr_diffusion.toy import toy_grid
     slices = toy_grid(4, image_types=('T1', 'T2'))
     order = np.random.default_rng(0).permutation(len(slices))
     first, again = neighbour_table(slices), neighbour_table(slices[order])

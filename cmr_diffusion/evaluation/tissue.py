@@ -37,10 +37,12 @@ def painted_and_asked(
 
 # %% ../../nbs/63b_evaluation.tissue.ipynb #63bn08
 def _slopes(x, y, patients, draws, rng):
-    "Fit a slope to each bootstrap sample of patients; (draws,)."
+    "Fit a slope to each bootstrap sample of patients; (draws,), nan where there is none."
     sums = pd.DataFrame(dict(n=1., x=x, y=y, xx=x * x, xy=x * y)).groupby(patients).sum()
     n, x, y, xx, xy = (resampled(len(sums), draws, rng) @ sums.to_numpy()).T
-    with np.errstate(invalid='ignore', divide='ignore'): return (xy - x * y / n) / (xx - x * x / n)
+    spread = xx - x * x / n
+    flat = spread <= 1e-6 * spread.max()  # a sample of one patient, or of equal values, has no slope
+    return (xy - x * y / n) / np.where(flat, np.nan, spread)
 
 def _line(points, draws, rng):
     "Compute slope, its interval, offset, residual and correlation of some points; nan where there is no line."

@@ -105,10 +105,11 @@ def _smooth_ring(values):
 def _wall_sides(labels, spacing, change):
     "The wall's inner and outer side, the new inner and outer side, (4, RAYS) mm; None where there is no wall."
     inner, outer = wall_along_rays(labels, spacing)
-    if not np.isfinite(outer).any(): return None
-    cavity = inner > 0
-    inner = _smooth_ring(np.where(cavity, inner, np.nan)) if cavity.any() else np.zeros(RAYS)
-    thick = _smooth_ring(outer - (inner if not cavity.any() else np.where(cavity, inner, np.nan)))
+    hollow, around = inner > 0, np.isfinite(outer)
+    if hollow.any(): around &= hollow  # else the wall is solid, as it may be at the apex
+    if not around.any(): return None
+    thick = _smooth_ring(np.where(around, outer - inner, np.nan))
+    if hollow.any(): inner = _smooth_ring(np.where(hollow, inner, np.nan))
     more = math.expm1(change)*thick
     inwards = np.minimum(more/2, inner/3)
     return np.stack([inner, inner + thick, inner - inwards, inner + thick + more - inwards])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['heart_map', 'PhantomMasks', 'phantom_masks']
 
-# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an019
+# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an002
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,7 +23,7 @@ from ..core import BACKGROUND, Slice, stable_seed, STRUCTURES
 from ..grid.condition import ConditionSpec
 from ..validation import checked
 
-# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an022
+# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an005
 def heart_map(
     patient: Patient,  # whose heart is drawn
     name: str = 'Mid',  # the level, one of `LEVELS`
@@ -33,7 +33,7 @@ def heart_map(
     draw_heart(canvas, patient, level, np.random.default_rng(stable_seed(patient.seed, 'mask', name)))
     return label_map_of(canvas.regions, fine=1)
 
-# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an026
+# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an009
 _LEVEL = dict(Base='basal', Mid='mid', Apex='apical')  # slice name -> level of the cohort table
 
 def _rows_of(patient, types):
@@ -43,7 +43,7 @@ def _rows_of(patient, types):
     return [slice_row(**known, type=t, slice=name, level=_LEVEL[name], structures=','.join(structures))
             for t, structures in types for name in LEVELS]
 
-# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an027
+# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an010
 class PhantomMasks:
     "Label maps of phantom patients, drawn when they are asked for; a `MaskSource`."
     def __init__(self,
@@ -69,7 +69,7 @@ class PhantomMasks:
         rows = [row for n in range(1, self.patients + 1) for row in _rows_of(self.patient(n), self.types)]
         return pd.DataFrame(rows).assign(position=range(len(rows)))
 
-# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an028
+# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an011
 @patch
 def slice(self: PhantomMasks,
     i: int,  # a position
@@ -82,7 +82,7 @@ def slice(self: PhantomMasks,
     labels[~np.isin(labels, [STRUCTURES.index(s) for s in structures])] = BACKGROUND
     return Slice(labels.astype(np.float32), patient.spacing, image_type, labels, patient.key, name)
 
-# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an029
+# %% ../../nbs/50a_synthesis.phantom_masks.ipynb #50an012
 @checked
 def phantom_masks(
     patients: Annotated[int, Field(ge=1, le=100_000)],  # how many

@@ -129,15 +129,11 @@ class ConditionDropout(Callback):
         x0, condition, *rest = self.xb
         share = getattr(self.dl, 'share', (0, 1))
         total, own = len(x0) * share[1], own_rows(len(x0) * share[1], share)
-        dropped = torch.rand(total, generator=self.generator) < self.probability
-        condition = condition.drop(dropped[own])
-        if self.values: condition = condition.without_values(self.draw(total, condition.channels)[own])
-        self.learn.xb = (x0, condition, *rest)
-
-    def draw(self, total: int, channels: int) -> Tensor:  # (total, channels) bool
-        "Draw which tissue values are dropped: those of all structures of an image, or of each structure by chance."
-        chance, each = torch.rand(total, 1, generator=self.generator), torch.rand(total, channels, generator=self.generator)
-        return (chance < self.values / 2) | ((chance < self.values) & (each < .5))
+        chance = torch.rand(total, 2 + condition.channels, generator=self.generator)[own]  # one row per image
+        condition = condition.drop(chance[:, 0] < self.probability)
+        of_image, of_structure = chance[:, 1:2], chance[:, 2:]
+        dropped = (of_image < self.values / 2) | ((of_image < self.values) & (of_structure < .5))
+        self.learn.xb = (x0, condition.without_values(dropped), *rest)
 
 # %% ../../nbs/40_training.callbacks.ipynb #250012
 class EMACallback(Callback):
