@@ -28,7 +28,8 @@ STRANGE = [part(n, *place) for n in HEARTS for place in PLACES] + [
     CAVITY,  # without a wall
     with_part(WALL, LEFT_VENTRICLE, 6, 7), with_part(CAVITY, MYOCARDIUM, 6, 7),  # a cavity in a wall, and the reverse
     with_part(WALL, LEFT_VENTRICLE, slice(12, 15), slice(12, 15)),  # side by side
-    part(BACKGROUND), part(PADDING), with_part(with_part(WALL, PADDING, slice(10, 20)), PADDING, slice(None), slice(20, 24))]
+    part(BACKGROUND), part(PADDING),
+    with_part(with_part(WALL, PADDING, slice(10, 20)), PADDING, slice(None), slice(20, 24))]
 
 
 def noise(seed):

@@ -98,7 +98,7 @@ def test_evaluation_is_logged_in_the_run_that_trained(place, store, cache, train
     assert json.loads((synthetic/'synthesis.json').read_text())['run_id'] == run.info.run_id
     figure = synthetic/'evaluation'/'comparison.png'
     assert 'Adherence' in out and 'Utility' in out and str(figure) in out and figure.is_file()
-    for part in ('values', 'adherence', 'utility'):
+    for part in ('values', 'tissue', 'edges', 'adherence', 'levels', 'utility'):
         assert any(k.startswith(f'evaluation/{part}/T1/') for k in run.data.metrics), run.data.metrics
 
 

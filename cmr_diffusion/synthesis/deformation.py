@@ -6,7 +6,7 @@
 __all__ = ['WAVES', 'topology', 'DeformationSettings', 'Deformation', 'draw_deformation', 'deform', 'find_deformation',
            'deform_patient']
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan023
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan002
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ def topology(
     heart = (outside != BACKGROUND) & (outside != PADDING)
     return tuple(parts), open_ring, bool((ndimage.binary_dilation(heart) & (outside == PADDING)).any())
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan027
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan006
 _Spread = Annotated[float, Field(ge=0)]
 
 @configuration
@@ -59,7 +59,7 @@ class Deformation:
     wall: float  # logarithm of the wall's new thickness over the old one
     strength: float = 1.  # from 0, nothing, to 1, all of it
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan029
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan008
 WAVES = 16  # of a bend
 
 def draw_deformation(
@@ -77,7 +77,7 @@ def draw_deformation(
         math.radians(settings.rotation*turn), settings.size*size*np.eye(2) + [[along, across], [across, -along]],
         np.concatenate([frequencies, phases, amplitudes], 1), settings.wall*wall/thickness)
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan033
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan012
 def _bend(waves, y, x):
     "The displacement (2, rows, columns) in mm by waves, at rows `y` and columns `x` in mm."
     down, right, phase, *amplitudes = waves.T
@@ -93,7 +93,7 @@ def _displaced(deformation, y, x):
     grid = np.stack(np.meshgrid(y, x, indexing='ij'))
     return np.einsum('ij,jrc->irc', matrix, grid) + s*_bend(deformation.waves, y, x)
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan036
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan015
 _FADE = 50.  # mm, over which the shift of the outer side fades
 
 def _smooth_ring(values):
@@ -114,7 +114,7 @@ def _wall_sides(labels, spacing, change):
     inwards = np.minimum(more/2, inner/3)
     return np.stack([inner, inner + thick, inner - inwards, inner + thick + more - inwards])
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan037
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan016
 def _with_thicker_wall(at, sides):
     "Move places (2, rows, columns), mm from the middle, from the new sides of the wall to the old ones, along rays."
     radius, ray = np.hypot(*at), np.arctan2(*at)*RAYS/(2*np.pi)
@@ -126,7 +126,7 @@ def _with_thicker_wall(at, sides):
     old = np.select([radius < new_inner, radius < new_outer, radius < end], [in_cavity, in_wall, outside], radius)
     return at*(old/np.maximum(radius, 1e-6))
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan040
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan019
 def _window(heart, reach):
     "The rows and columns of a region and of what is within a reach of it, in pixels of rows and of columns."
     ends = [np.flatnonzero(heart.any(1 - axis))[[0, -1]] for axis in (0, 1)]
@@ -140,7 +140,7 @@ def _read_at(labels, at):
     shares = [ndimage.map_coordinates((labels == n).astype(np.float32), at, order=1, mode='nearest') for n in present]
     return np.array(present, np.uint8)[np.argmax(shares, 0)]
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan041
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan020
 _REACH = 25.  # mm, that a heart can grow or move in any direction
 
 def deform(
@@ -163,7 +163,7 @@ def deform(
     new[window] = _read_at(old, at/mm[:, None, None] + centre[:, None, None])
     return out
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan050
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan067
 _STRENGTHS = 1., .75, .5, .25
 _DRAWS = 6  # deformations that are tried at each strength
 
@@ -174,7 +174,7 @@ def _is_good(deformation, known, limits):
         if topology(new) != old_topology or not limits.keeps(shape_of(new, s.spacing), old_shape): return False
     return True
 
-# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan051
+# %% ../../nbs/50aa_synthesis.deformation.ipynb #50aan068
 def find_deformation(
     slices: Sequence[Slice],  # all of one patient
     rng: np.random.Generator,  # draws the deformation
