@@ -80,7 +80,7 @@ def config_json(config):
 
 
 def by_type(p_mean, p_std, **changes):
-    "Changes of an arm that takes off one mean per image type, as all did before 'structure', and has no tissue values."
+    "Changes of an arm with one centre per image type, which nothing that is asked for moves, and no tissue values."
     return dict(p_mean=p_mean, p_std=p_std, by_structure=False, tissue_values=False) | changes
 
 
@@ -97,11 +97,10 @@ ARMS = [
     Arm('tissue values', 'the same at -0.4/1.4 with tissue values, told through the embedding alone',
         dict(p_mean=-.4, p_std=1.4, by_structure=False)),
     *(sampled(f'values, {way}', what, 'tissue values', values=way) for way, what in TOLD.items()),
-    Arm('structure', 'tissue values, each structure centred at the value that is asked for; -0.4/1.4'),
+    Arm('structure', 'as tissue values; what is asked for beyond its mean moves the centre of a structure, too'),
     *(sampled(f'structure, {way}', what, values=way) for way, what in TOLD.items()),
     Arm('structure -0.8/1.6', 'noise levels of EDM2', dict(p_mean=-.8, p_std=1.6)),
     Arm('structure -1.0/1.4', 'lower levels', dict(p_mean=-1., p_std=1.4)),
-    Arm('structure, no values', 'each structure centred at its mean, no tissue values', dict(tissue_values=False)),
     sampled('40 steps', '40 steps of DPM-Solver++ instead of 20', steps=40),
     sampled('from level 20', 'sampling begins at noise of level 20 instead of 80: more of its steps are at low levels',
             steered=('from', 20.)),

@@ -4,7 +4,8 @@ import json, os, platform, re
 from cmr_diffusion.output import atomic_path
 
 COLUMNS = ('arm', 'what it is', 'steps x batch, time, threads', 'bias', 'within / real', 'between / real',
-           'loss by quarter', 'adherence', 'apex (real)', 'edge / real, apex', 'utility, % of real', 's per image')
+           'loss by quarter', 'values told', 'adherence', 'apex (real)', 'edge / real, apex', 'utility, % of real',
+           's per image')
 ASKED = ('arm', 'values', 'structure', 'slope', 'r', 'mean error', 'residual sd', 'ICC', 'ICC of real')
 
 
@@ -71,6 +72,9 @@ def edge_cell(said):
     return ' / '.join(' '.join(pair) for pair in ratios.values()) or '-'
 
 
+def losses_cell(said, name): return ' '.join(short(v) for v in said.get(name, [])) or '-'
+
+
 def utility_cell(said):
     "Dice on real test slices after training on painted images, in percent of that after training on real ones."
     rows = said.get('utility')
@@ -91,9 +95,9 @@ def row_of(arm, work):
     changed = '' if said['settings'] == arm.settings() else ' (measured with other settings)'
     digits = 3 if said['values'][0]['unit'] == 'rel' else 0
     return line([arm.name, arm.what + changed, length_cell(said), cell(said, 'bias', digits, True),
-                 cell(said, 'within'), cell(said, 'between'), ' '.join(short(v) for v in said['losses']),
-                 dice_cell(said['adherence'], 'synthetic'), apex_cell(said), edge_cell(said), utility_cell(said),
-                 f'{said["seconds_per_image"]:.2f}'])
+                 cell(said, 'within'), cell(said, 'between'), losses_cell(said, 'losses'),
+                 losses_cell(said, 'losses_told'), dice_cell(said['adherence'], 'synthetic'), apex_cell(said),
+                 edge_cell(said), utility_cell(said), f'{said["seconds_per_image"]:.2f}'])
 
 
 def asked_rows(arm, work):
@@ -117,8 +121,8 @@ def introduction(done, arms, cache):
             f'{os.cpu_count()} cores. Cache: {cache.folder.name}. Values are in the order {names}; within and between '
             'are ratios, painted to real, of the standard deviations within slices and between them. Losses are those '
             'of validation slices at noise levels that are the same for all arms, by quarter from the lowest, without '
-            'tissue values. Adherence is the Dice of each structure but the background in painted test masks (real '
-            f'images: {real}).')
+            'tissue values, then told those of the slice. Adherence is the Dice of each structure but the background '
+            f'in painted test masks (real images: {real}).')
 
 
 def write_table(work, cache, arms):

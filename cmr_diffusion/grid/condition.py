@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core import CMRError, PADDING, STRUCTURES
 
@@ -172,7 +173,7 @@ class Condition:
     channels: int  # of the one-hot map
     centre: Tensor = None  # (B,) float32: mean of the image's type, network units, never dropped; None: 0
     values: Tensor = None  # (B, channels) float32: mean of each structure, network units; nan, None: not asked for
-    typical: Tensor = None  # (B, channels) float32: what a mean is where it is not asked for, never dropped; nan: centre
+    typical: Tensor = None  # (B, channels) float32: what each mean usually is, never dropped; nan, None: not known
 
     def __post_init__(self):
         shapes = tuple(self.classes.shape), tuple(self.spacing.shape)
@@ -232,11 +233,10 @@ def centred(
 def centre_map(
     self: Condition,
 ) -> Tensor:  # (B, 1, H, W) float32, network units
-    "Return the value that is asked for at each pixel, else the typical one of its structure, else the centre."
-    centre = self.centre[:, None]
-    means = torch.where(self.values.isnan(), self.typical, self.values)
-    means = torch.cat([torch.where(means.isnan(), centre, means), centre], dim=1)  # the last: of the null number
-    return means.gather(1, self.classes.flatten(1).long()).view(self.classes.shape)[:, None]
+    "Return the centre at each pixel, moved by what is asked for of its structure beyond the typical value."
+    moved = F.pad((self.values - self.typical).nan_to_num(), (0, 1))  # the last: of the null number
+    moved = moved.gather(1, self.classes.flatten(1).long()).view(self.classes.shape)
+    return (self.centre[:, None, None] + moved)[:, None]
 
 # %% ../../nbs/21_grid.condition.ipynb #21n034
 @patch

@@ -25,7 +25,6 @@ class Prepared(NamedTuple):
     spacing: Tensor  # (B,) mm; 0 where unknown
     centre: Tensor | float = 0.  # what is taken off each pixel: (B, 1, 1, 1) or (B, 1, H, W), network units
     values: Tensor | None = None  # (B, K) mean of each structure, network units; nan: not asked for
-    spread: Tensor | None = None  # (B,) of the images about their centres, network units; None: that of the recipe
 
 def per_image(
     v: Tensor | float,  # (B,), or one number
@@ -60,12 +59,6 @@ class Denoiser(nn.Module):
         "Return what is taken off each pixel before the network sees it: the mean of the image's type."
         return per_image(condition.centre, condition.centre)
 
-    def spread(self,
-        condition: Condition,  # of B images
-    ) -> Tensor:  # (B,) network units
-        "Return the standard deviation that images have about their centres; EDM has its own."
-        return torch.ones_like(condition.centre)
-
 # %% ../../nbs/33_model.edm.ipynb #33n008
 @patch
 def prepare(self: Denoiser,
@@ -73,9 +66,8 @@ def prepare(self: Denoiser,
 ) -> Prepared:  # those of one condition after those of the other
     "Make conditions ready for many calls."
     spacing, values = (torch.cat([getattr(c, name) for c in conditions]) for name in ('spacing', 'values'))
-    centre, spread = (torch.cat([of(c) for c in conditions]) for of in (self.centre, self.spread))
-    with self.autocast(spacing.device): labels = self.model.prepare(*conditions)
-    return Prepared(labels, spacing, centre, values, spread)
+    centre = torch.cat([self.centre(c) for c in conditions])
+    with self.autocast(spacing.device): return Prepared(self.model.prepare(*conditions), spacing, centre, values)
 
 # %% ../../nbs/33_model.edm.ipynb #33n010
 @patch
@@ -101,8 +93,7 @@ class EDMRecipe:
     sigma_max: float = 80.  # highest noise level of sampling
     rho: float = 7.  # how much more densely low levels are sampled
     centres: dict[str, float] = field(default_factory=dict)  # image type -> mean of its training images; {}: all 0
-    typical: dict[str, float] = field(default_factory=dict)  # channel -> mean of its pixels; {}: the type's centre
-    sigma_null: float = 0.  # spread of images without a label map, about the type's centre; 0: `sigma_data`
+    typical: dict[str, float] = field(default_factory=dict)  # channel -> mean of its pixels; {}: only types have centres
 
 # %% ../../nbs/33_model.edm.ipynb #33n014
 @patch
@@ -137,30 +128,20 @@ class EDMDenoiser(Denoiser):
     def centre(self,
         condition: Condition,  # of B images
     ) -> Tensor:  # (B, 1, 1, 1), or (B, 1, H, W) where the recipe has typical values; network units
-        "Return what is taken off each pixel: the mean of the type, or that of the structure."
+        "Return what is taken off each pixel: the mean of the type, moved by what is asked for of the structure."
         return condition.centre_map() if self.recipe.typical else Denoiser.centre(self, condition)
-
-    def spread(self,
-        condition: Condition,  # of B images
-    ) -> Tensor:  # (B,) network units
-        "Return the spread of images about their centres; it is larger where there is no label map."
-        null = (condition.classes == condition.channels).flatten(1).all(1)
-        numbers = self.recipe.sigma_data, self.recipe.sigma_null or self.recipe.sigma_data
-        return torch.where(null, numbers[1], numbers[0])
 
 # %% ../../nbs/33_model.edm.ipynb #33n018
 @patch
 def scalings(self: EDMDenoiser,
     sigma: Tensor,  # (B,)
-    spread: Tensor | None = None,  # (B,) of the images about their centres; None: `sigma_data`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (B,) each
     "Compute c_skip, c_out, c_in (table 1), and c_noise as a position on the sinusoids (0 to 1000)."
     r = self.recipe
-    if spread is None: spread = r.sigma_data
-    total = (sigma**2 + spread**2).sqrt()
+    total = (sigma**2 + r.sigma_data**2).sqrt()
     low, high = math.log(r.sigma_min), math.log(r.sigma_max)
     c_noise = 1000 * (sigma.log() - low) / (high - low)
-    return spread**2 / total**2, sigma * spread / total, 1 / total, c_noise
+    return r.sigma_data**2 / total**2, sigma * r.sigma_data / total, 1 / total, c_noise
 
 # %% ../../nbs/33_model.edm.ipynb #33n024
 @patch
@@ -172,7 +153,7 @@ def forward(self: EDMDenoiser,
 ) -> Tensor:  # estimate of x0 (B, C, H, W); with `variance` a pair of it and None
     "Estimate the image without noise (eq. 7)."
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-    skip, out, scale, t = self.scalings(sigma, prepared.spread)
+    skip, out, scale, t = self.scalings(sigma)
     skip, out, scale = (per_image(v, x) for v in (skip, out, scale))
     x = x - prepared.centre
     x0 = prepared.centre + skip * x + out * self.network(scale * x, t, prepared)
@@ -198,7 +179,7 @@ def loss(self: EDMDenoiser,
     "Compute equation 8 with the weight of table 1: the squared error of the raw network."
     sigma = sigma.to(x0.device)
     prepared = self.prepare(condition)
-    skip, out, scale, t = self.scalings(sigma, prepared.spread)
+    skip, out, scale, t = self.scalings(sigma)
     skip, out, scale, level = (per_image(v, x0) for v in (skip, out, scale, sigma))
     x0 = x0 - prepared.centre
     x = x0 + level * noise

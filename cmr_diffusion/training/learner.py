@@ -60,7 +60,7 @@ def sdm_learner(
     p_mean: float = -0.4,  # mean of the logarithm of the noise levels, for 'edm'
     p_std: Positive = 1.4,  # its spread
     centred: bool = True,  # take off the mean of each image type, for 'edm'
-    by_structure: bool = True,  # take off that of each structure instead, where images are centred
+    by_structure: bool = True,  # a value that is asked for moves the centre of its structure, where images are centred
     tissue_values: bool = True,  # the network takes the mean value of each structure, for 'edm'
     drop_values: Share = 0.15,  # probability that an image's tissue values are dropped in training
     init: Path | str | None = None,  # checkpoint or run whose weights to start from
@@ -91,7 +91,8 @@ def sdm_learner(
         fast: the same network, several times faster.
         seed: two learners of one seed train to the same losses on one machine.
         p_mean, p_std: mean and spread of the logarithm of the noise levels in training.
-        centred, by_structure: take off the mean of each type, or of each structure, before the preconditioning.
+        centred: take off the mean of each image type before the preconditioning.
+        by_structure: move that mean, where a structure lies, by what is asked for beyond its typical value.
         tissue_values: the network takes the mean value of each structure; `checkpoint` holds their distribution.
         drop_values: share of the training images whose tissue values are dropped.
         init: checkpoint folder, run id or run name; recipe and value transforms are taken from it, too.

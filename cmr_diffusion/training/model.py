@@ -8,14 +8,13 @@ __all__ = ['training_images', 'centred_recipe', 'sigma_data', 'new_denoiser', 'e
 
 # %% ../../nbs/40d_training.model.ipynb #40dn002
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import chunked, patch
-from torch import nn, Tensor
+from torch import Tensor
 
 from ..core import CMRError, logger, one_line
 from ..figures import Picture, image_grid
@@ -24,7 +23,7 @@ from ..grid.loaders import evenly, GridLoader, GridLoaders, images_and_condition
 from ..grid.tissue import measure, TissueModel
 from ..model.checkpoint import Checkpoint, load_checkpoint, load_weights
 from ..model.ddpm import RECIPES, make_denoiser, recipe_to_json
-from ..model.edm import Denoiser, EDMDenoiser, EDMRecipe
+from ..model.edm import Denoiser, EDMDenoiser, EDMRecipe, per_image
 from ..model.painting import paint
 from ..model.sdm import SDM, sdm_config
 from ..processes import world_size
@@ -47,10 +46,10 @@ def training_images(
 
 def centred_recipe(
     dls: GridLoaders,  # whose training slices are measured
-    by_structure: bool = True,  # centre each structure; False: each image type
+    by_structure: bool = True,  # a value that is asked for moves the centre of its structure
     **numbers,  # other fields of the recipe
 ) -> EDMRecipe:
-    "Measure the means of the training images by type and by structure, and the spread about them."
+    "Measure the means of the training images by type and by structure, and the spread about those of the types."
     images, condition = training_images(dls)
     centres, typical, hot = {}, {}, condition.one_hot()
     for name, structures in dls.spec.types:
@@ -59,10 +58,9 @@ def centred_recipe(
     for channel, name in enumerate(dls.spec.names if by_structure else []):
         pixels = images[:, 0][hot[:, channel] > 0]
         if len(pixels): typical[name] = round(pixels.double().mean().item(), 4)
-    recipe = EDMRecipe(centres=centres, typical=typical, **numbers)
-    condition, denoise = dls.spec.centred(condition, centres, typical), EDMDenoiser(nn.Identity(), recipe)
-    def spread(about): return round((images - denoise.centre(about)).double().square().mean().sqrt().item(), 4)
-    return replace(recipe, sigma_data=spread(condition), sigma_null=spread(condition.null()) if typical else 0.)
+    centre = per_image(dls.spec.centre_of(condition.classes, centres), images)
+    return EDMRecipe(round((images - centre).double().square().mean().sqrt().item(), 4),
+                     centres=centres, typical=typical, **numbers)
 
 def sigma_data(
     dls: GridLoaders,  # whose training slices are measured
@@ -80,7 +78,7 @@ def new_denoiser(
     precision: str,  # 'float32' or 'bfloat16'
     levels: tuple[float, float] = (-.4, 1.4),  # mean and spread of the logarithm of the noise levels, for 'edm'
     centred: bool = True,  # take off the mean of each image type, for 'edm'
-    by_structure: bool = True,  # take off that of each structure instead, where it is centred
+    by_structure: bool = True,  # a value that is asked for moves the centre of its structure
     values: bool = False,  # the network takes tissue values
 ) -> Denoiser:
     "Make a network with random weights, and its recipe; raise `CMRError` where the grid does not fit the preset."
