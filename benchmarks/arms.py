@@ -38,7 +38,7 @@ import tricks
 from arms_table import plain_json, read_json, write_json, write_table
 from measures import Measuring
 
-BEST, SECOND = (-0.4, 1.4), (-0.8, 1.6)  # P_mean and P_std of the arms centred by structure: the best two so far
+BEST, SECOND = (-0.4, 1.4), (-0.8, 1.6)  # P_mean and P_std of the arms from 'structure' on: the best two so far
 TRIAL = {}  # changes of every training and painting with --trial
 PLAIN = dict(steps=20, sampler='dpmpp_2m', guidance=1., values='drawn', steered=None, length=None)
 
@@ -69,7 +69,7 @@ class Arm:
 
     def settings(self):
         "What makes the figures of an arm: they are only measured anew where this has changed."
-        config, painting = config_json(self.config()), self.painting()
+        config, painting = config_json(BY_NAME.get(self.of, self).config()), self.painting()
         return plain_json(dict(config=config, tricks=self.tricks, of=self.of, painting=painting))
 
 

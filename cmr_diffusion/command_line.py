@@ -99,10 +99,11 @@ def as_typed(
     parameters = inspect.signature(func).parameters
     def option(found):
         name, about = found[1], parameters[found[1]]
+        if found[2]: return f'--{"no-" * (found[2] == "False")}{name.replace("_", "-")}'
         if about.default is not about.empty or 'opt' in str(about.annotation): return f'--{name.replace("_", "-")} '
         return f'{name.upper()} '
     line = ' '.join(message.split()).removesuffix(', or None')
-    return re.sub(rf"^({'|'.join(parameters)}) (?=['\"(\d.-]|nan|inf|None)", option, line)
+    return re.sub(rf"^({'|'.join(parameters)}) (?:(True|False)(?=: )|(?=['\"(\d.-]|nan|inf|None))", option, line)
 
 # %% ../nbs/69_command_line.ipynb #69n019
 class AboveBars(logging.Handler):

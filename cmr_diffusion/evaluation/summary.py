@@ -40,14 +40,14 @@ def _rows_of(name, part):
 
 @patch(as_prop=True)
 def table(self: Report) -> pd.DataFrame:
-    "All numbers in one table: part, type, structure, of (which images or level), measure, value, note."
+    "Return all numbers in one table: part, type, structure, of (which images or level), measure, value, note."
     rows = [row for name, part in self.parts.items() for row in _rows_of(name, part)]
     return pd.DataFrame(rows, columns=['part', 'type', 'structure', 'of', 'measure', 'value', 'note'])
 
 # %% ../../nbs/65b_evaluation.summary.ipynb #65bn04
 @patch(as_prop=True)
 def metrics(self: Report) -> dict[str, float]:
-    "The main numbers by names such as `values/T1/myocardium/bias`; those that are not defined are left out."
+    "Return the main numbers by names such as `values/T1/myocardium/bias`, without those that are not defined."
     found = {}
     for r in self.table.itertuples():
         main = self.parts[r.part].main
@@ -60,7 +60,7 @@ def metrics(self: Report) -> dict[str, float]:
 # %% ../../nbs/65b_evaluation.summary.ipynb #65bn003
 @patch(as_prop=True)
 def charts(self: Report) -> dict[str, Figure]:
-    "The charts of the parts that have one, by the name of the part."
+    "Return the charts of the parts that have one, by the name of the part."
     return {name: part.figure for name, part in self.parts.items() if part.figure is not None}
 
 # %% ../../nbs/65b_evaluation.summary.ipynb #65bn09

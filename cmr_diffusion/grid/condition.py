@@ -60,7 +60,6 @@ def structures(
     known = ', '.join(name for name, _ in self.types)
     raise CMRError(f'image type {image_type!r} is not among those of the condition: {known}')
 
-# %% ../../nbs/21_grid.condition.ipynb #21n006
 @patch
 def first(
     self: ConditionSpec,
@@ -221,7 +220,7 @@ def centred(
     self: ConditionSpec,
     condition: Condition,  # of B images; nothing of it is dropped yet
     centres: dict[str, float],  # image type -> mean of its training images, network units
-    typical: dict[str, float],  # name of a channel -> mean of its pixels in them, network units
+    typical: dict[str, float],  # name of a channel -> mean of its pixels in the training images, network units
 ) -> Condition:  # the same with centres and typical values
     "Give a condition what belongs to the image types: their centres, and the typical values of their structures."
     centre = self.centre_of(condition.classes, centres)
@@ -247,7 +246,6 @@ def to(
     "Move the batch to a device."
     return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
-# %% ../../nbs/21_grid.condition.ipynb #21n035
 @patch(cls_method=True)
 def cat(
     cls: Condition,

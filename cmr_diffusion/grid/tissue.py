@@ -141,7 +141,7 @@ _ENOUGH = 20  # values; of fewer, none is called an outlier
 def _without_outliers(
     values: np.ndarray,  # (N, K) with nan; each column has a value
 ) -> np.ndarray:  # (N, K)
-    "Draw in the values that lie far from all others: they come from failed fits or from slips in a label map."
+    "Limit the values that lie far from all others: they come from failed fits or from slips in a label map."
     median = np.nanmedian(values, axis=0)
     spread = 1.4826 * np.nanmedian(abs(values - median), axis=0)
     trusted = (np.isfinite(values).sum(0) >= _ENOUGH) & (spread > 0)

@@ -93,7 +93,7 @@ class EDMRecipe:
     sigma_max: float = 80.  # highest noise level of sampling
     rho: float = 7.  # how much more densely low levels are sampled
     centres: dict[str, float] = field(default_factory=dict)  # image type -> mean of its training images; {}: all 0
-    typical: dict[str, float] = field(default_factory=dict)  # channel -> mean of its pixels; {}: only types have centres
+    typical: dict[str, float] = field(default_factory=dict)  # channel -> mean of its pixels; {}: none moves a centre
 
 # %% ../../nbs/33_model.edm.ipynb #33n014
 @patch

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core import CMRError
-
 from ..grid.condition import Condition, ConditionSpec
 from ..grid.geometry import GridSlice
 from ..grid.tissue import in_network_units, present

@@ -168,7 +168,7 @@ _STRENGTHS = 1., .75, .5, .25
 _DRAWS = 6  # deformations that are tried at each strength
 
 def _is_good(deformation, known, limits):
-    "Say whether slices, with the topology and the shape that are known of each, bear a deformation."
+    "Say whether a deformation keeps the topology of every slice (slice, topology, shape) and the range of shapes."
     for s, old_topology, old_shape in known:
         new = deform(s.labels, s.spacing, deformation)
         if topology(new) != old_topology or not limits.keeps(shape_of(new, s.spacing), old_shape): return False

@@ -120,7 +120,7 @@ class ConditionDropout(Callback):
     def __init__(self,
         probability: float = 0.2,  # that an image's condition is dropped
         seed: int = 0,  # of the choice
-        values: float = 0.,  # that an image's tissue values are dropped; half of them, of each structure by chance
+        values: float = 0.,  # that an image's tissue values are dropped: all, or each by the toss of a coin
     ): self.probability, self.seed, self.values = probability, seed, values
 
     def before_train(self): self.generator = seeded(self.seed, 'drop', self.dls.train.epoch)
