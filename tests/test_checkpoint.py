@@ -99,8 +99,9 @@ ODD = {
     'model.multipliers': [2, [], [0, 1], ['a']], 'model.label_channels': [0, 8, 1.5], 'model.dropout': [2],
     'model.unknown': [1], 'recipe.name': ['karras', None, 3, []],
     'recipe.sigma_data': [None, -1., 'half', float('nan')],
-    'recipe.centres': [None, [], {'T1': 'dark'}, {'T1': 1e9}], 'recipe.typical': [3, {'T1 wall': None}],
-    'recipe.sigma_null': [-1.], 'tissue': [3, [], {}], 'model.values': [True, 'yes'], 'recipe.rho': [0], 'recipe.sigma_min': [0], 'spec.0': [3, ['T1']], 'spec.0.1': [['heart'], 'background'],
+    'recipe.centres': [None, [], {'T1': 'dark'}, {'T1': 1e9}],
+    'tissue': [3, [], {}], 'model.values': [True, 'yes'], 'recipe.rho': [0], 'recipe.sigma_min': [0],
+    'spec.0': [3, ['T1']], 'spec.0.1': [['heart'], 'background'],
     'values.T1': [None, [], 3], 'values.T1.knee': [None, -1., 'high', float('nan')], 'values.T1.type': ['T2'],
     'geometry.size': [0, -1, 'large', 10**6], 'geometry.spacing': [-2., 0, 'wide', float('nan')],
     'geometry.crop': ['x']}

@@ -107,14 +107,14 @@ def test_lr_find_leaves_everything_as_it_was(cache):
 
 
 def test_validation_sees_the_averaged_weights(cache):
-    learn = learner(cache, ema=.99, steps=20, by_structure=False)
+    learn = learner(cache, ema=.99, steps=20)
     learn.fit(1, 5e-3)
     averaged = learn.validate()[0]
     assert averaged == pytest.approx(learn.recorder.values[-1][0]) and averaged == learn.validate()[0]
-    plain = learner(cache, by_structure=False)
+    plain = learner(cache)
     plain.model.network.load_state_dict(learn.model.average.model.state_dict())
     assert plain.validate()[0] == pytest.approx(averaged, rel=1e-6)  # no step yet: what it validates is the network
-    plain = learner(cache, by_structure=False)
+    plain = learner(cache)
     plain.model.network.load_state_dict(learn.model.network.state_dict())
     assert abs(plain.validate()[0] / averaged - 1) > .01
 

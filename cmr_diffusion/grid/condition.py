@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..core import CMRError, PADDING, STRUCTURES
 
@@ -162,7 +161,7 @@ def one_hot(
     return (channel_map[:, None] == numbers[None, :, None, None]).float()
 
 # %% ../../nbs/21_grid.condition.ipynb #090014
-TENSORS = 'classes', 'spacing', 'centre', 'values', 'typical'  # fields of a `Condition`, each with one entry per image
+TENSORS = 'classes', 'spacing', 'centre', 'values'  # fields of a `Condition`, each with one entry per image
 
 @dataclass
 class Condition:
@@ -172,7 +171,6 @@ class Condition:
     channels: int  # of the one-hot map
     centre: Tensor = None  # (B,) float32: mean of the image's type, network units, never dropped; None: 0
     values: Tensor = None  # (B, channels) float32: mean of each structure, network units; nan, None: not asked for
-    typical: Tensor = None  # (B, channels) float32: what each mean usually is, never dropped; nan, None: not known
 
     def __post_init__(self):
         shapes = tuple(self.classes.shape), tuple(self.spacing.shape)
@@ -181,13 +179,11 @@ class Condition:
                            'expected classes (B, H, W) and spacing (B,)')
         B, spacing = len(self.classes), self.spacing
         if self.centre is None: self.centre = spacing.new_zeros(B, dtype=torch.float32)
-        for name in ('values', 'typical'):
-            if getattr(self, name) is not None: continue
-            setattr(self, name, spacing.new_full((B, self.channels), math.nan, dtype=torch.float32))
-        shapes = [tuple(getattr(self, name).shape) for name in ('centre', 'values', 'typical')]
-        if shapes != [(B,), (B, self.channels), (B, self.channels)]:
-            raise CMRError(f'condition of {B} images with centres {shapes[0]}, tissue values {shapes[1]} and typical '
-                           f'ones {shapes[2]}: expected ({B},), ({B}, {self.channels}) and ({B}, {self.channels})')
+        if self.values is None: self.values = spacing.new_full((B, self.channels), math.nan, dtype=torch.float32)
+        shapes = tuple(self.centre.shape), tuple(self.values.shape)
+        if shapes != ((B,), (B, self.channels)):
+            raise CMRError(f'condition of {B} images with centres {shapes[0]} and tissue values {shapes[1]}: '
+                           f'expected ({B},) and ({B}, {self.channels})')
 
     def __len__(self) -> int: return len(self.classes)
 
@@ -213,29 +209,6 @@ def centre_of(
     table = torch.zeros(self.channels + 1)
     for name, structures in self.types: table[self.first(name):][:len(structures)] = centres.get(name, 0.)
     return table.to(classes.device)[classes.flatten(1).amax(1).long()]
-
-# %% ../../nbs/21_grid.condition.ipynb #21k006
-@patch
-def centred(
-    self: ConditionSpec,
-    condition: Condition,  # of B images; nothing of it is dropped yet
-    centres: dict[str, float],  # image type -> mean of its training images, network units
-    typical: dict[str, float],  # name of a channel -> mean of its pixels in the training images, network units
-) -> Condition:  # the same with centres and typical values
-    "Give a condition what belongs to the image types: their centres, and the typical values of their structures."
-    centre = self.centre_of(condition.classes, centres)
-    row = torch.tensor([typical.get(name, math.nan) for name in self.names], device=centre.device)
-    return replace(condition, centre=centre, typical=row.expand(len(condition), -1))
-
-# %% ../../nbs/21_grid.condition.ipynb #21k004
-@patch
-def centre_map(
-    self: Condition,
-) -> Tensor:  # (B, 1, H, W) float32, network units
-    "Return the centre at each pixel, moved by what is asked for of its structure beyond the typical value."
-    moved = F.pad((self.values - self.typical).nan_to_num(), (0, 1))  # the last: of the null number
-    moved = moved.gather(1, self.classes.flatten(1).long()).view(self.classes.shape)
-    return (self.centre[:, None, None] + moved)[:, None]
 
 # %% ../../nbs/21_grid.condition.ipynb #21n034
 @patch

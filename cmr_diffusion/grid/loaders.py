@@ -200,14 +200,13 @@ class GridLoader(DataLoader):
 def images_and_condition(
     batch: tuple[Tensor, Tensor, Tensor],  # images, class numbers and spacing
     spec: ConditionSpec,  # of the channels
-    recipe=None,  # of the denoiser: its `centres` and `typical` values; None: all 0
+    centres: dict[str, float] | None = None,  # image type -> mean of its training images; None: all 0
     transforms: dict[str, ValueTransform] | None = None,  # by image type; None: no tissue values are measured
 ) -> tuple[Tensor, Condition]:  # images (B, 1, S, S) in network units; label maps, types, spacing, tissue values
     "Split a batch into what is painted and the condition that it is painted into."
     images, classes, spacing = batch
     values = None if transforms is None else measure(images, classes, spec, transforms)
-    condition = Condition(classes, spacing, spec.channels, values=values)
-    return images, condition if recipe is None else spec.centred(condition, recipe.centres, recipe.typical)
+    return images, Condition(classes, spacing, spec.channels, spec.centre_of(classes, centres or {}), values)
 
 # %% ../../nbs/23_grid.loaders.ipynb #23n034
 @patch

@@ -142,7 +142,7 @@ _LIMITS = dict(
     image_channels=(1, 16), width=(32, 4096), multipliers=(1, 64), blocks=(1, 32), attention=(1, 4096),
     head_channels=(0, 4096), heads=(1, 4096), hidden=(1, 4096), dropout=(0, .99), size=(1, 4096),
     sigma_data=(1e-6, 1e6), p_mean=(-100, 100), p_std=(1e-6, 100), sigma_min=(1e-9, 1e6), sigma_max=(1e-6, 1e9),
-    rho=(1e-3, 1e3), steps=(1, 1e6), vb_weight=(0, 1e9), centres=(-1e3, 1e3), typical=(-1e3, 1e3))
+    rho=(1e-3, 1e3), steps=(1, 1e6), vb_weight=(0, 1e9), centres=(-1e3, 1e3))
 
 def _check_limits(
     part: str,  # 'model' or 'recipe'
@@ -154,8 +154,8 @@ def _check_limits(
         value = getattr(numbers, name, low)
         if isinstance(value, dict): value = tuple(value.values())
         all_of = value if isinstance(value, tuple) else (value,)
-        empty = not all_of and name not in ('attention', 'centres', 'typical')  # a network may have no attention
-        if empty or len(all_of) > (254 if name in ('centres', 'typical') else 16) or not all(low <= v <= high for v in all_of):
+        empty = not all_of and name not in ('attention', 'centres')  # a network may have no attention
+        if empty or len(all_of) > (254 if name == 'centres' else 16) or not all(low <= v <= high for v in all_of):
             raise CMRError(f'{path}: {part}.{name} {value}: give {low:g} to {high:g}; {AGAIN}')
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n038
@@ -170,7 +170,7 @@ def _since_format_2(read: dict) -> dict:
     "The content of a config.json of format 1 or 2, with what it lacks: it has no tissue values and no centres."
     model, recipe = read.get('model'), read.get('recipe')
     if isinstance(model, dict): model = dict(values=False) | model
-    if isinstance(recipe, dict) and recipe.get('name') == 'edm': recipe = dict(centres={}, typical={}) | recipe
+    if isinstance(recipe, dict) and recipe.get('name') == 'edm': recipe = dict(centres={}) | recipe
     return dict(tissue=None) | read | dict(model=model, recipe=recipe)
 
 def _filled(read: dict) -> dict:

@@ -29,7 +29,6 @@ class DDPMRecipe:
     steps: int = 1000  # T
     vb_weight: float = 1.0  # of the variational bound in the loss
     centres: ClassVar[dict[str, float]] = {}  # images are not centred
-    typical: ClassVar[dict[str, float]] = {}
 
     def __post_init__(self):
         if self.schedule in ('linear', 'cosine'): return

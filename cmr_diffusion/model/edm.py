@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
     "A batch of conditions as the network wants them; made once, it serves every step of sampling."
     labels: Any  # what `SDM.prepare` gave: the one-hot map (B, K, H, W), or the tables of the fast network
     spacing: Tensor  # (B,) mm; 0 where unknown
-    centre: Tensor | float = 0.  # what is taken off each pixel: (B, 1, 1, 1) or (B, 1, H, W), network units
+    centre: Tensor | float = 0.  # (B,) mean of each image's type, network units
     values: Tensor | None = None  # (B, K) mean of each structure, network units; nan: not asked for
 
 def per_image(
@@ -53,21 +53,14 @@ class Denoiser(nn.Module):
         "Return the context in which the network runs."
         return torch.autocast(device.type, torch.bfloat16) if self.precision == 'bfloat16' else nullcontext()
 
-    def centre(self,
-        condition: Condition,  # of B images
-    ) -> Tensor:  # (B, 1, 1, 1) network units
-        "Return what is taken off each pixel before the network sees it: the mean of the image's type."
-        return per_image(condition.centre, condition.centre)
-
 # %% ../../nbs/33_model.edm.ipynb #33n008
 @patch
 def prepare(self: Denoiser,
     *conditions: Condition,  # of the same B images; guidance has two
 ) -> Prepared:  # those of one condition after those of the other
     "Make conditions ready for many calls."
-    spacing, values = (torch.cat([getattr(c, name) for c in conditions]) for name in ('spacing', 'values'))
-    centre = torch.cat([self.centre(c) for c in conditions])
-    with self.autocast(spacing.device): return Prepared(self.model.prepare(*conditions), spacing, centre, values)
+    told = [torch.cat([getattr(c, name) for c in conditions]) for name in ('spacing', 'centre', 'values')]
+    with self.autocast(told[0].device): return Prepared(self.model.prepare(*conditions), *told)
 
 # %% ../../nbs/33_model.edm.ipynb #33n010
 @patch
@@ -93,7 +86,6 @@ class EDMRecipe:
     sigma_max: float = 80.  # highest noise level of sampling
     rho: float = 7.  # how much more densely low levels are sampled
     centres: dict[str, float] = field(default_factory=dict)  # image type -> mean of its training images; {}: all 0
-    typical: dict[str, float] = field(default_factory=dict)  # channel -> mean of its pixels; {}: none moves a centre
 
 # %% ../../nbs/33_model.edm.ipynb #33n014
 @patch
@@ -125,12 +117,6 @@ class EDMDenoiser(Denoiser):
         "Return the noise levels of sampling, those of the recipe."
         return self.recipe.sigmas(steps)
 
-    def centre(self,
-        condition: Condition,  # of B images
-    ) -> Tensor:  # (B, 1, 1, 1), or (B, 1, H, W) where the recipe has typical values; network units
-        "Return what is taken off each pixel: the mean of the type, moved by what is asked for of the structure."
-        return condition.centre_map() if self.recipe.typical else Denoiser.centre(self, condition)
-
 # %% ../../nbs/33_model.edm.ipynb #33n018
 @patch
 def scalings(self: EDMDenoiser,
@@ -154,9 +140,9 @@ def forward(self: EDMDenoiser,
     "Estimate the image without noise (eq. 7)."
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
     skip, out, scale, t = self.scalings(sigma)
-    skip, out, scale = (per_image(v, x) for v in (skip, out, scale))
-    x = x - prepared.centre
-    x0 = prepared.centre + skip * x + out * self.network(scale * x, t, prepared)
+    skip, out, scale, centre = (per_image(v, x) for v in (skip, out, scale, prepared.centre))
+    x = x - centre
+    x0 = centre + skip * x + out * self.network(scale * x, t, prepared)
     return (x0, None) if variance else x0
 
 # %% ../../nbs/33_model.edm.ipynb #33n028
@@ -178,13 +164,12 @@ def loss(self: EDMDenoiser,
 ) -> dict[str, Tensor]:  # 'loss' (B,)
     "Compute equation 8 with the weight of table 1: the squared error of the raw network."
     sigma = sigma.to(x0.device)
-    prepared = self.prepare(condition)
     skip, out, scale, t = self.scalings(sigma)
     skip, out, scale, level = (per_image(v, x0) for v in (skip, out, scale, sigma))
-    x0 = x0 - prepared.centre
+    x0 = x0 - per_image(condition.centre, x0)
     x = x0 + level * noise
     target = (x0 - skip * x) / out
-    error = self.network(scale * x, t, prepared) - target
+    error = self.network(scale * x, t, self.prepare(condition)) - target
     return {'loss': error.square().flatten(1).mean(1)}
 
 # %% ../../nbs/33_model.edm.ipynb #210021

@@ -204,6 +204,6 @@ def sample(
     with torch.no_grad():
         prepared = denoise.prepare(condition.to(device))
         x = noise() * (1 + sigmas[0]**2).sqrt()  # the spread of data of unit variance plus noise
-        centre = 0. if prepared is None else prepared.centre  # sampling begins at it; guidance has prepared twice as many
-        x = x + (centre[:len(x)] if isinstance(centre, Tensor) else centre)
+        centre = torch.as_tensor(0. if prepared is None else prepared.centre)
+        x = x + centre.reshape(-1, 1, 1, 1)[:len(x)]  # sampling begins at it; guidance has prepared two conditions
         return SAMPLERS[sampler](clipped(denoise, clip), x, sigmas.to(device), prepared, noise, callback)

@@ -108,7 +108,7 @@ class Noising(Callback):
     def before_batch(self):
         denoise, dls = objective_of(self.learn).denoise, self.dls
         transforms = dls.values if denoise.model.config.values else None
-        images, condition = images_and_condition(self.xb, dls.spec, denoise.recipe, transforms)
+        images, condition = images_and_condition(self.xb, dls.spec, denoise.recipe.centres, transforms)
         share = getattr(self.dl, 'share', (0, 1))
         self.learn.xb = noised_task(denoise, images, condition, self.generator, share)
         self.learn.yb = (images,)

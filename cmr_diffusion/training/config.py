@@ -45,7 +45,6 @@ class TrainConfig:
         weight_decay: of AdamW, 0 to 10.
         p_mean, p_std: of the normal distribution of the logarithm of the noise levels in training, for 'edm'.
         centred: take the mean of each image type off before the preconditioning, for 'edm'.
-        by_structure: where images are centred, a value that is asked for moves the centre of its structure.
         tissue_values: the network takes the mean value of each structure as a condition, for 'edm'. The published
             recipe takes none.
         drop: share of the images whose condition is dropped, from 0 to below 1.
@@ -73,7 +72,6 @@ class TrainConfig:
     p_mean: Annotated[float, Field(ge=-10, le=10)] = -0.4  # mean of the logarithm of the noise levels
     p_std: Annotated[float, Field(gt=0, le=10)] = 1.4  # its spread
     centred: bool = True  # take off the mean of each image type
-    by_structure: bool = True  # a value that is asked for moves the centre of its structure
     tissue_values: bool = True  # the network takes the mean value of each structure
     drop: Share = 0.2  # probability that a condition is dropped
     drop_values: Share = 0.15  # probability that the tissue values of an image are dropped

@@ -60,7 +60,6 @@ def sdm_learner(
     p_mean: float = -0.4,  # mean of the logarithm of the noise levels, for 'edm'
     p_std: Positive = 1.4,  # its spread
     centred: bool = True,  # take off the mean of each image type, for 'edm'
-    by_structure: bool = True,  # a value that is asked for moves the centre of its structure, where images are centred
     tissue_values: bool = True,  # the network takes the mean value of each structure, for 'edm'
     drop_values: Share = 0.15,  # probability that an image's tissue values are dropped in training
     init: Path | str | None = None,  # checkpoint or run whose weights to start from
@@ -92,7 +91,6 @@ def sdm_learner(
         seed: two learners of one seed train to the same losses on one machine.
         p_mean, p_std: mean and spread of the logarithm of the noise levels in training.
         centred: take off the mean of each image type before the preconditioning.
-        by_structure: move that mean, where a structure lies, by what is asked for beyond its typical value.
         tissue_values: the network takes the mean value of each structure; `checkpoint` holds their distribution.
         drop_values: share of the training images whose tissue values are dropped.
         init: checkpoint folder, run id or run name; recipe and value transforms are taken from it, too.
@@ -113,7 +111,7 @@ def sdm_learner(
     torch.manual_seed(seed)
     tissue_values = tissue_values and recipe == 'edm'
     precision = choose_precision(precision, dls.device)
-    denoise = new_denoiser(dls, preset, recipe, precision, (p_mean, p_std), centred, by_structure, tissue_values)
+    denoise = new_denoiser(dls, preset, recipe, precision, (p_mean, p_std), centred, tissue_values)
     if init is not None: denoise = start_from(denoise, init, dls)
     denoise.model.checkpointing = checkpointing
     denoise.to(dls.device, memory_format=torch.channels_last)
@@ -157,7 +155,7 @@ def config_learner(
                            valid_slices=8 * c.batch_size, balance=c.balance)
     learn = sdm_learner(dls, c.preset, c.recipe, c.learning_rate, c.weight_decay, c.drop, c.ema, c.clip, c.precision,
                         c.checkpointing, c.compile, seed=c.seed, p_mean=c.p_mean, p_std=c.p_std, centred=c.centred,
-                        by_structure=c.by_structure, tissue_values=c.tissue_values, drop_values=c.drop_values, init=init)
+                        tissue_values=c.tissue_values, drop_values=c.drop_values, init=init)
     learn.checkpoint.info['config'] = asdict(c)
     return learn
 

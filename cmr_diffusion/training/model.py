@@ -46,21 +46,16 @@ def training_images(
 
 def centred_recipe(
     dls: GridLoaders,  # whose training slices are measured
-    by_structure: bool = True,  # a value that is asked for moves the centre of its structure
     **numbers,  # other fields of the recipe
 ) -> EDMRecipe:
-    "Measure the means of the training images by type and by structure, and the spread about those of the types."
+    "Measure the mean of the training images of each type, and the spread about these means."
     images, condition = training_images(dls)
-    centres, typical, hot = {}, {}, condition.one_hot()
+    centres, hot = {}, condition.one_hot()
     for name, structures in dls.spec.types:
         own = hot[:, dls.spec.first(name):][:, :len(structures)].any(1).any(2).any(1)
         if own.any(): centres[name] = round(images[own].double().mean().item(), 4)
-    for channel, name in enumerate(dls.spec.names if by_structure else []):
-        pixels = images[:, 0][hot[:, channel] > 0]
-        if len(pixels): typical[name] = round(pixels.double().mean().item(), 4)
     centre = per_image(dls.spec.centre_of(condition.classes, centres), images)
-    return EDMRecipe(round((images - centre).double().square().mean().sqrt().item(), 4),
-                     centres=centres, typical=typical, **numbers)
+    return EDMRecipe(round((images - centre).double().square().mean().sqrt().item(), 4), centres=centres, **numbers)
 
 def sigma_data(
     dls: GridLoaders,  # whose training slices are measured
@@ -78,7 +73,6 @@ def new_denoiser(
     precision: str,  # 'float32' or 'bfloat16'
     levels: tuple[float, float] = (-.4, 1.4),  # mean and spread of the logarithm of the noise levels, for 'edm'
     centred: bool = True,  # take off the mean of each image type, for 'edm'
-    by_structure: bool = True,  # a value that is asked for moves the centre of its structure
     values: bool = False,  # the network takes tissue values
 ) -> Denoiser:
     "Make a network with random weights, and its recipe; raise `CMRError` where the grid does not fit the preset."
@@ -91,7 +85,7 @@ def new_denoiser(
                        f'{divisor}: prepare the cache with another --size')
     if recipe != 'edm': return make_denoiser(recipe, SDM(config), precision)
     levels = dict(p_mean=levels[0], p_std=levels[1])
-    if centred: return EDMDenoiser(SDM(config), centred_recipe(dls, by_structure, **levels), precision)
+    if centred: return EDMDenoiser(SDM(config), centred_recipe(dls, **levels), precision)
     return EDMDenoiser(SDM(config), EDMRecipe(round(sigma_data(dls), 4), **levels), precision)
 
 # %% ../../nbs/40d_training.model.ipynb #40dn044
@@ -139,8 +133,7 @@ def start_from(
     load_weights(denoise.model, with_channels(start.model.state_dict(), denoise.model), init)
     dls.spec, dls.values = spec, {**dls.values, **start.values}  # the network knows these channels and units
     recipe = recipe_to_json(start.recipe)
-    for means in ('centres', 'typical'):  # new types have their own
-        if recipe.get(means): recipe[means] = getattr(denoise.recipe, means) | recipe[means]
+    if start.recipe.centres: recipe['centres'] = denoise.recipe.centres | start.recipe.centres  # new types have their own
     return make_denoiser(model=denoise.model, precision=denoise.precision, **recipe)
 
 # %% ../../nbs/40d_training.model.ipynb #40dk001
