@@ -25,6 +25,7 @@ from cmr_diffusion.model.checkpoint import load_checkpoint, save_checkpoint
 from cmr_diffusion.model.ddpm import recipe_to_json
 from cmr_diffusion.model.edm import Guided
 from cmr_diffusion.model.fast_spade import fast
+from cmr_diffusion.model.painting import HELD_ABOVE
 from cmr_diffusion.rooms import hold
 from cmr_diffusion.training.callbacks import TimeBox, WarmUpCosine, objective_of
 from cmr_diffusion.training.checks import ProgressBar
@@ -38,9 +39,9 @@ import tricks
 from arms_table import plain_json, read_json, write_json, write_table
 from measures import Measuring
 
-BEST, SECOND = (-0.4, 1.4), (-0.8, 1.6)  # P_mean and P_std of the arms from 'structure' on: the best two so far
+BEST, SECOND = (-0.4, 1.4), (-0.8, 1.6)  # P_mean and P_std of the arms from 'tissue values' on: the best two so far
 TRIAL = {}  # changes of every training and painting with --trial
-PLAIN = dict(steps=20, sampler='dpmpp_2m', guidance=1., values='drawn', steered=None, length=None)
+PLAIN = dict(steps=20, sampler='dpmpp_2m', guidance=1., values='drawn', held=HELD_ABOVE, steered=None, length=None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Arm:
     "One row of the table."
     name: str
     what: str  # one sentence
-    train: dict = field(default_factory=dict)  # what differs in `TrainConfig` from the arm 'structure'
+    train: dict = field(default_factory=dict)  # what differs in `TrainConfig` from the arm 'tissue values'
     tricks: tuple[str, ...] = ()  # of the training, keys of TRICKS
     of: str = ''  # the arm whose training is used; '': its own
     how: dict = field(default_factory=dict)  # what differs from PLAIN in painting
@@ -59,48 +60,40 @@ class Arm:
 
     def config(self):
         "Settings of the training."
-        best = dict(p_mean=BEST[0], p_std=BEST[1], by_structure=True, steps=1000, checks=4)
+        best = dict(p_mean=BEST[0], p_std=BEST[1], steps=1000, checks=4)
         if 'minutes' in self.train: best['steps'] = None
         return TrainConfig(**best | self.train | TRIAL.get('minutes' if 'minutes' in self.train else 'steps', {}))
 
     def painting(self):
         "Settings of painting."
-        return PLAIN | ({} if self.config().tissue_values else dict(values='none')) | self.how | TRIAL.get('how', {})
+        how = PLAIN | ({} if self.config().tissue_values else dict(values='none')) | self.how | TRIAL.get('how', {})
+        return {k: v for k, v in how.items() if k != 'held' or how['values'] != 'none'}  # nothing is held then
 
     def settings(self):
         "What makes the figures of an arm: they are only measured anew where this has changed."
-        config, painting = config_json(BY_NAME.get(self.of, self).config()), self.painting()
+        config, painting = asdict(BY_NAME.get(self.of, self).config()), self.painting()
         return plain_json(dict(config=config, tricks=self.tricks, of=self.of, painting=painting))
 
 
-def config_json(config):
-    "Settings of a training; without what is off and had no name yet when the first arms were trained."
-    settings = plain_json(config if isinstance(config, dict) else asdict(config))
-    return {k: v for k, v in settings.items() if (k, v) != ('by_structure', False)}
+def without_values(p_mean, p_std, **changes):
+    "Changes of an arm whose network takes no tissue values."
+    return dict(p_mean=p_mean, p_std=p_std, tissue_values=False) | changes
 
 
-def by_type(p_mean, p_std, **changes):
-    "Changes of an arm with one centre per image type, which nothing that is asked for moves, and no tissue values."
-    return dict(p_mean=p_mean, p_std=p_std, by_structure=False, tissue_values=False) | changes
-
-
-def sampled(name, what, of='structure', **how): return Arm(name, what, of=of, how=how)
+def sampled(name, what, of='tissue values', **how): return Arm(name, what, of=of, how=how)
 
 
 TOLD = dict(own='asked for the values of the image that the mask is of', none='not asked for any value',
             other='asked for the values of a slice of another training patient')
 ARMS = [
-    Arm('baseline', 'as it was: not centred, P_mean -1.2, P_std 1.2', by_type(-1.2, 1.2, centred=False)),
-    Arm('centred -0.8/1.6', 'one centre per image type, noise levels of EDM2', by_type(-.8, 1.6)),
-    Arm('centred -0.4/1.4', 'one centre per image type, higher levels', by_type(-.4, 1.4)),
-    Arm('centred 0/1.6', 'one centre per image type, the highest levels', by_type(0., 1.6)),
-    Arm('tissue values', 'the same at -0.4/1.4 with tissue values, told through the embedding alone',
-        dict(p_mean=-.4, p_std=1.4, by_structure=False)),
-    *(sampled(f'values, {way}', what, 'tissue values', values=way) for way, what in TOLD.items()),
-    Arm('structure', 'as tissue values; what is asked for beyond its mean moves the centre of a structure, too'),
-    *(sampled(f'structure, {way}', what, values=way) for way, what in TOLD.items()),
-    Arm('structure -0.8/1.6', 'noise levels of EDM2', dict(p_mean=-.8, p_std=1.6)),
-    Arm('structure -1.0/1.4', 'lower levels', dict(p_mean=-1., p_std=1.4)),
+    Arm('baseline', 'as it was: not centred, P_mean -1.2, P_std 1.2', without_values(-1.2, 1.2, centred=False)),
+    Arm('centred -0.8/1.6', 'one centre per image type, noise levels of EDM2', without_values(-.8, 1.6)),
+    Arm('centred -0.4/1.4', 'one centre per image type, higher levels', without_values(-.4, 1.4)),
+    Arm('centred 0/1.6', 'one centre per image type, the highest levels', without_values(0., 1.6)),
+    Arm('tissue values', 'the best of them with tissue values: drawn, told to the network and held', {}),
+    *(sampled(f'values, {way}', what, values=way) for way, what in TOLD.items()),
+    sampled('values, not held', 'drawn values are told to the network, but not held', held=100.),
+    sampled('values, held to .1', 'drawn values are held at all levels above .1 instead of .3', held=.1),
     sampled('40 steps', '40 steps of DPM-Solver++ instead of 20', steps=40),
     sampled('from level 20', 'sampling begins at noise of level 20 instead of 80: more of its steps are at low levels',
             steered=('from', 20.)),
@@ -114,18 +107,19 @@ ARMS = [
     sampled('autoguidance 1.5, early', 'the same with its snapshot after an eighth', steered=('auto', 1.5, 2)),
     sampled('guidance 1.5', 'classifier-free guidance of 1.5 at all levels', guidance=1.5),
     sampled('guidance 1.5 in the middle', 'the same at levels of 0.3 to 3 only', steered=('between', 1.5, .3, 3.)),
-    Arm('structure, uncertainty', 'loss weight by learned uncertainty', tricks=('uncertainty',)),
-    Arm('structure, high levels early', 'P_mean 1.2 higher at the start, sinking until half time', tricks=('early',)),
-    Arm('structure, batch 32', '32 slices per step: twice the images', dict(batch_size=32)),
-    Arm('structure, apex', 'apical slices three times in each pass', tricks=('apex',)),
-    Arm('structure, heart share', 'the share of heart in the slice is part of the condition', tricks=('share',)),
-    Arm('structure, seed 1', 'another seed', dict(seed=1)),
-    Arm('structure, seed 2', 'another seed', dict(seed=2)),
-    Arm('structure, 3000 steps', 'three times as long', dict(steps=3000)),
+    Arm('uncertainty', 'loss weight by learned uncertainty', tricks=('uncertainty',)),
+    Arm('high levels early', 'P_mean 1.2 higher at the start, sinking until half time', tricks=('early',)),
+    Arm('batch 32', '32 slices per step: twice the images', dict(batch_size=32)),
+    Arm('apex', 'apical slices three times in each pass', tricks=('apex',)),
+    Arm('heart share', 'the share of heart in the slice is part of the condition', tricks=('share',)),
+    Arm('seed 1', 'another seed', dict(seed=1)),
+    Arm('seed 2', 'another seed', dict(seed=2)),
+    Arm('3000 steps', 'three times as long', dict(steps=3000)),
+    Arm('second', 'the second best levels, with tissue values', dict(p_mean=SECOND[0], p_std=SECOND[1])),
     Arm('second, seed 1', 'the second best levels, another seed', dict(p_mean=SECOND[0], p_std=SECOND[1], seed=1)),
     Arm('second, seed 2', 'another seed', dict(p_mean=SECOND[0], p_std=SECOND[1], seed=2)),
     Arm('second, 3000 steps', 'three times as long', dict(p_mean=SECOND[0], p_std=SECOND[1], steps=3000)),
-    Arm('10 minutes', 'as structure, by the clock', dict(minutes=10.)),
+    Arm('10 minutes', 'as tissue values, by the clock', dict(minutes=10.)),
     Arm('30 minutes', 'by the clock', dict(minutes=30.)),
     Arm('60 minutes', 'by the clock', dict(minutes=60.)),
     Arm('96 pixels', 'a grid of 96 x 96 pixels of 1.5 mm, 60 minutes', dict(minutes=60.), cache='96')]
@@ -178,7 +172,7 @@ def point_to_go_on(folder, config, averages):
         try: point = read_point(path)
         except CMRError as e: print(e)
         else:
-            same = config_json(point.state.facts.config) == config_json(config)
+            same = point.state.facts.config == plain_json(asdict(config))
             if not same: raise CMRError(f'{folder}: {OTHER_SETTINGS}')
             if not averages or (path/AVERAGES).is_file(): return point
     return None
@@ -205,7 +199,7 @@ def train_arm(arm, cache, folder):
         learn.fit(config.epochs, cbs=[*callbacks, bar, writer], start_epoch=first)
     save_checkpoint(folder/'checkpoint', learn.checkpoint)
     names = list(learn.recorder.metric_names)[1:-1]
-    said = dict(config=config_json(config), tricks=arm.tricks, steps=objective_of(learn).steps,
+    said = dict(config=plain_json(asdict(config)), tricks=arm.tricks, steps=objective_of(learn).steps,
                 seconds=round(writer.clock() - writer.begun, 1), threads=torch.get_num_threads(),
                 load=os.getloadavg()[1], recipe=recipe_to_json(learn.checkpoint.recipe),
                 checks=[dict(zip(names, map(float, row))) for row in learn.recorder.values])
@@ -261,7 +255,7 @@ def run_arm(arm, cache, work, measuring, utility):
         if source is not arm: return print(f'{arm.name}: not run, since {source.name!r} is not trained yet')
         train_arm(arm, cache, folder)
     training = read_json(folder/'training.json')
-    if [training[k] for k in ('config', 'tricks')] != plain_json([config_json(source.config()), source.tricks]):
+    if [training[k] for k in ('config', 'tricks')] != plain_json([asdict(source.config()), source.tricks]):
         raise CMRError(f'{folder}: {OTHER_SETTINGS}')
     checkpoint, noted = checkpoint_of(arm, folder, precision)
     said = read_json(work/f'{arm.slug}.json') or {}

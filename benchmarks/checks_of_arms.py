@@ -222,7 +222,7 @@ def check_guidance(cache):
     checkpoint, other = toy_checkpoint(cache), toy_checkpoint(cache)
     for p in other.model.parameters(): p.data += .01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     grids = [cache.grid(i) for i in range(2)]
-    condition = grid_condition(checkpoint.spec, grids, checkpoint.recipe)
+    condition = grid_condition(checkpoint.spec, grids, checkpoint.recipe.centres)
     good, bad = tricks.plain(checkpoint, 'float32'), tricks.plain(other, 'float32')
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

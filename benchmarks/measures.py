@@ -16,7 +16,7 @@ from cmr_diffusion.evaluation.segmentation import SegConfig, cached_segmentation
 from cmr_diffusion.evaluation.utility import utility_table
 from cmr_diffusion.grid.loaders import evenly, grid_slices
 from cmr_diffusion.grid.tissue import in_units, measure_slices
-from cmr_diffusion.model.painting import grid_condition, paint
+from cmr_diffusion.model.painting import grid_condition, HELD_ABOVE, paint
 from cmr_diffusion.output import progress
 
 BATCH = 32  # images at a time
@@ -84,7 +84,8 @@ def painted(checkpoint, masks, how, precision, name='paint'):
         some = slice(start, start + BATCH)
         seeds = [int(i) for i in masks.positions[some]]  # the position in the cache is the seed
         new = paint(checkpoint, grids[some], seeds, 1. if how['steered'] else how['guidance'], how['steps'],
-                    how['sampler'], precision, values=None if asked is None else asked[some])
+                    how['sampler'], precision, values=None if asked is None else asked[some],
+                    held_above=how.get('held', HELD_ABOVE))
         images += [checkpoint.values[g.type].forward(g.pixels)[None] for g in new]
     return replace(masks.real, images=np.stack(images).astype(np.float32)), asked
 
@@ -101,7 +102,7 @@ def sigma_losses(checkpoint, masks, precision, spread, told=False):
     for start in range(0, len(grids), BATCH):
         some = slice(start, start + BATCH)
         x0, n = torch.tensor(masks.real.images[some]), len(grids[some])
-        condition = grid_condition(checkpoint.spec, grids[some], checkpoint.recipe)
+        condition = grid_condition(checkpoint.spec, grids[some], checkpoint.recipe.centres)
         if told: condition = replace(condition, values=torch.tensor(measured[some]))
         with torch.no_grad():
             prepared = denoise.prepare(condition)

@@ -1,4 +1,4 @@
-"""Do the slices of a painted stack belong together? Measured with the noise of each slice its own, and with shared noise.
+"""Do the slices of a painted stack belong together? Each slice has noise of its own, or all share its coarse part.
 
     python benchmarks/stacks.py CHECKPOINT CACHE [--split test] [--patients 15] [--steps 20] [--seed 0] [--out FILE]
 

@@ -164,7 +164,6 @@ class HeartShareDenoiser(EDMDenoiser):
     def prepare(self, *conditions: Condition) -> Prepared:
         return super().prepare(*(self.with_share(c) for c in conditions))
 
-    def centre(self, condition: Condition) -> Tensor: return super().centre(without_share(condition))
     def with_share(self, condition: Condition) -> Condition:
         "Write the share of heart among the pixels that are not padding; nothing where the condition is dropped."
         inside = (condition.classes > 0) & (condition.classes < condition.channels)
@@ -173,13 +172,6 @@ class HeartShareDenoiser(EDMDenoiser):
         values = condition.values.clone()
         values[:, 0] = share
         return replace(condition, values=values)
-
-
-def without_share(condition):
-    "The condition without the share of heart, which is no value of any pixel."
-    values = condition.values.clone()
-    values[:, 0] = float('nan')
-    return replace(condition, values=values)
 
 
 def tell_heart_share(denoise, spec):

@@ -121,7 +121,7 @@ def cmr_train(
     learning_rate: Annotated[float, Interval(gt=0, le=.1)] = 4e-4,  # its highest value
     precision: Precision = 'auto',  # float32, bfloat16, or auto: what the machine is built for
     balance: bool = False,  # draw image types equally, however many slices each has
-    tissue_values: bool = True,  # the model cannot be asked for tissue values (default: it can)
+    tissue_values: bool = True,  # train a model that cannot be asked for tissue values
     checkpointing: bool = False,  # recompute in the backward pass to save memory
     compile: bool = False,  # compile the network first: minutes, for a faster step on a GPU
     checks: Count = 10,  # validations, sample grids and checkpoints over the training

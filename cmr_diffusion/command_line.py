@@ -45,6 +45,8 @@ def _parser(func):
     parser = anno_parser(func, prog=func.__name__)
     version = f'{func.__name__} {__version__} (cmr_diffusion)'
     parser.add_argument('--version', action='version', version=version, help="show the program's version and exit")
+    for option in parser._actions:  # what a switch such as --no-tissue-values turns off is no default of its own
+        if option.const is False: option.help = option.help.removesuffix(' (default: True)')
     def error(message): raise CMRError(_in_our_words(message, func))
     parser.error = error
     return parser

@@ -14,7 +14,8 @@ from cmr_diffusion.model.ddpm import DDPMRecipe, make_denoiser
 from cmr_diffusion.model.edm import EDMRecipe, Guided
 from cmr_diffusion.model.fast_spade import fast
 from cmr_diffusion.model.painting import with_values
-from cmr_diffusion.model.samplers import SAMPLERS, SeededNoise, check_levels, clipped, sample
+from cmr_diffusion.model.noise import SeededNoise
+from cmr_diffusion.model.samplers import SAMPLERS, check_levels, clipped, sample
 from cmr_diffusion.model.sdm import SDM, sdm_config
 
 B, SHAPE, CHANNELS, SEEDS = 2, (1, 16, 16), 4, (3, 4)

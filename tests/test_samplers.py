@@ -8,8 +8,8 @@ from cmr_diffusion.core import CMRError
 from cmr_diffusion.model.ddpm import DDPMRecipe
 from cmr_diffusion.model.edm import EDMRecipe
 from cmr_diffusion.grid.condition import Condition
-from cmr_diffusion.model.samplers import (
-    SAMPLERS, SHARED, SeededNoise, check_sampler, ddim, ddpm, dpmpp_2m, heun, sample, whole_seeds)
+from cmr_diffusion.model.noise import SHARED, SeededNoise, whole_seeds
+from cmr_diffusion.model.samplers import SAMPLERS, check_sampler, ddim, ddpm, dpmpp_2m, heun, sample
 
 diffusers = pytest.importorskip('diffusers', reason='the oracle of the samplers comes with the dev extra')
 SHAPE = (1, 1, 16, 16)

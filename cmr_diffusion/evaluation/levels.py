@@ -58,14 +58,15 @@ def level_lines(
     table: pd.DataFrame,  # as from `level_table`
 ) -> tuple[str, ...]:
     "Write slices, means, bias, ratios and Dice, one line per structure and level."
-    head = f'{"slices":>8}{"real":>9}{"synthetic":>11}{"bias [95 %]":>28}{"within":>9}{"between":>9}'
+    head = f'{"slices":>8}{"real":>9}{"synthetic":>11}{"bias [95 %]":>32}{"within":>9}{"between":>9}'
     lines = [' ' * 35 + head + f'{"Dice":>9}{"real":>9}']
     for r in table.itertuples():
         digits, unit = (3, '') if r.unit == 'rel' else (1, f' {r.unit}')
         bias = f'{r.bias:+.{digits}f} [{r.bias_low:+.{digits}f}, {r.bias_high:+.{digits}f}]{unit}'
+        ratios = ''.join(f'{v:9.2f}' if np.isfinite(v) else f'{"-":>9}' for v in (r.within, r.between))
         dice = ''.join(f'{"-":>9}' if np.isnan(d) else f'{d:9.3f}' for d in (r.dice, r.real_dice))
         lines.append(f'  {r.type + " " + r.structure:26}{r.level:7}{r.slices:8}{r.real_mean:9.{digits}f}'
-                     f'{r.mean:11.{digits}f}{bias:>28}{r.within:9.2f}{r.between:9.2f}{dice}')
+                     f'{r.mean:11.{digits}f}{bias:>32}{ratios}{dice}')
     return tuple(lines)
 
 # %% ../../nbs/63c_evaluation.levels.ipynb #63cn11
@@ -94,7 +95,7 @@ def level_chart(
                 draw(ax, own, x, COLOURS[structure], structure.replace('_', ' '))
         axes[0].axhline(0, color='#bbbbbb', lw=1, zorder=0)
         axes[0].set_ylabel(f'{image_type}: bias, {table.unit[table.type == image_type].iloc[0]}')
-        axes[1].set_ylabel(f'{image_type}: Dice')
+        axes[1].set_ylabel(f'{image_type}: Dice (open: real)')
         for ax in axes: ax.set_xticks(range(len(LEVELS)), LEVELS)
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     return fig

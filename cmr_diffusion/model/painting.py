@@ -25,8 +25,9 @@ from ..grid.values import ValueTransform
 from .checkpoint import Checkpoint
 from .edm import Prepared
 from .fast_spade import fast as make_fast
-from .samplers import check_sampler, sample, whole_seeds
-from ..validation import checked
+from .noise import whole_seeds
+from .samplers import check_sampler, sample
+from ..validation import checked, WrongValue
 
 # %% ../../nbs/37_model.painting.ipynb #37n023
 def grid_condition(
@@ -50,7 +51,9 @@ def asked_values(
     if values is None: return None
     if not checkpoint.model.config.values:
         raise CMRError('values: this model takes no tissue values; leave them out, or train one that does')
-    each = [values] * len(grids) if isinstance(values, Mapping) else list(values)
+    each = [values] * len(grids) if isinstance(values, Mapping) else values
+    if isinstance(each, str) or not isinstance(each, Sequence) or not all(isinstance(v, Mapping | None) for v in each):
+        raise WrongValue('values', values, "give {'myocardium': 1150.}, or a list with one such dictionary per label map")
     if len(each) != len(grids): raise CMRError(f'{len(grids)} label maps and {len(each)} sets of values: give one each')
     own = (in_network_units(dict(of or {}), checkpoint.spec, checkpoint.values, g.type) for g, of in zip(grids, each))
     asked = torch.from_numpy(np.stack(list(own)))

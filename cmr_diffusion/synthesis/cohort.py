@@ -33,7 +33,7 @@ from ..results import check_result
 from ..rooms import Room
 from cmr_diffusion.synthesis.inputs import (
     check_type, check_words, device_of, limits_of, other_spacing, read_values, ready_model, resume_text, sources_of,
-    training_of)
+    training_of, warn_of_types)
 from .label_maps import check_masks, mask_rows, MaskSource
 from .phantom_masks import PhantomMasks
 from .plan import by_patient, Plan, splits_of
@@ -211,6 +211,7 @@ def synthesize(
         geometry, precision = other_spacing(c.geometry, spacing), choose_precision(precision, device)
         check_type(c, type)
         asked = read_values(c, masks, values)
+        if is_main(): warn_of_types(asked, rows, type)
         check_masks(masks, rows, geometry, c.spec, type)
         limits = limits_of(masks, splits) if deform else None
         plan, weights = Plan(rows, type, per_mask, seed), c.digest()

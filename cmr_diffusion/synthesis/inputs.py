@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['other_spacing', 'device_of', 'ready_model', 'sources_of', 'check_words', 'check_type', 'training_of', 'read_values',
-           'limits_of', 'resume_text']
+           'warn_of_types', 'limits_of', 'resume_text']
 
 # %% ../../nbs/50f_synthesis.inputs.ipynb #50fn002
 import hashlib
@@ -115,6 +115,22 @@ def read_values(
     if asked.text != values and is_main(): logger.info('the model takes no tissue values, so none are asked for')
     for line in asked.warnings() if is_main() else (): logger.warning('%s', line)
     return asked
+
+def warn_of_types(
+    asked: AskedValues,  # the tissue values
+    rows: pd.DataFrame,  # of the masks
+    image_type: str | None,  # to paint; None: each mask's own
+):
+    "Warn where values are asked for that no image can have because of its type."
+    painted = set(rows.type) if image_type is None else {image_type}
+    for column in asked.wishes:
+        name = asked.spec.names[column]
+        if name.split()[0] in painted: continue
+        logger.warning('%s: no image of this type is painted; the value only changes what is drawn to go with it', name)
+    others = 0 if image_type is None else int((rows.type != image_type).sum())
+    if asked.text != 'own' or not others: return
+    logger.warning("values 'own': %d of %d label maps have no %s image of their own, so nothing is asked for in them",
+                   others, len(rows), image_type)
 
 # %% ../../nbs/50f_synthesis.inputs.ipynb #50fn024
 def limits_of(

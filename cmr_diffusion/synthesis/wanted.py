@@ -46,7 +46,9 @@ class AskedValues:
                            'that was trained with them')
         elif text not in WORDS:
             try: self.wishes = parse_values(text, spec, transforms)
-            except CMRError as e: raise CMRError(f'values {text!r}: give draw, own, none, or wishes: {e}') from None
+            except CMRError as e:
+                why = str(e).removeprefix('values: ')
+                raise CMRError(f'values {text!r}: give draw, own, none, or wishes: {why}') from None
 
 # %% ../../nbs/50ca_synthesis.wanted.ipynb #50can056
 def _measured(given: GridSlice, spec: ConditionSpec, transforms: dict[str, ValueTransform]) -> np.ndarray:

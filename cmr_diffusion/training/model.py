@@ -129,11 +129,13 @@ def start_from(
     new = spec.names[start.spec.channels:]
     if new: logger.info('%s: %d label channels are new and start at zero: %s', init, len(new), ', '.join(new))
     if start.model.config.values and not denoise.model.config.values:
-        raise CMRError(f'{init}: its network takes tissue values; train it with tissue_values=True')
+        raise CMRError(f'{init}: its network takes tissue values; train with them (tissue_values=True, no '
+                       '--no-tissue-values)')
     load_weights(denoise.model, with_channels(start.model.state_dict(), denoise.model), init)
     dls.spec, dls.values = spec, {**dls.values, **start.values}  # the network knows these channels and units
     recipe = recipe_to_json(start.recipe)
-    if start.recipe.centres: recipe['centres'] = denoise.recipe.centres | start.recipe.centres  # new types have their own
+    if start.recipe.centres:  # new types have their own
+        recipe['centres'] = denoise.recipe.centres | start.recipe.centres
     return make_denoiser(model=denoise.model, precision=denoise.precision, **recipe)
 
 # %% ../../nbs/40d_training.model.ipynb #40dk001
