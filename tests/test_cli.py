@@ -25,6 +25,11 @@ def test_help_names_every_option_and_what_it_does(place, name):
     assert options and all(len(line.split('  ', 1)) == 2 for line in options), done.stdout  # each with its help
 
 
+def test_a_switch_that_turns_off_has_no_default_of_its_own(place):
+    said = ' '.join(place.here('cmr_train', '--help').stdout.split())
+    assert 'a model that cannot be asked for tissue values --checkpointing' in said
+
+
 def test_options_with_underscores_are_options_with_hyphens(place):
     for option in ('--per_mask', '--per-mask'):
         done = place.run('cmr_sample', 'r', '--masks', 'm', 'o', option, 'many')
@@ -100,7 +105,9 @@ def test_a_training_that_is_stopped_goes_on(place, cache):
     program, folder, *resume = line.split()
     assert (program, folder, resume[0]) == ('cmr_train', str(cache), '--resume')
     one_line(place.here('cmr_train', cache, *resume, '--steps', 50, '--device', 'cpu'), '--steps 50', 'has 40')
-    one_line(place.here('cmr_train', cache, *resume, '--no-tissue-values', '--device', 'cpu'), 'tissue_values False')
+    for switch, own in (('--no-tissue-values', True), ('--balance', False)):
+        refused = place.here('cmr_train', cache, *resume, switch, '--device', 'cpu')
+        one_line(refused, f'{switch}: the training that is resumed has {own}; leave it out')
     done = place.run('cmr_train', cache, *resume, '--steps', 40, '--device', 'cpu')
     assert done.returncode == 0 and f'run {name} (' in done.stdout and 'goes on from step' in done.stderr, done.stderr
     assert 'training: step 40 (100 %)' in done.stderr and '\r' not in done.stderr

@@ -20,11 +20,12 @@ from cmr_diffusion.model.edm import EDMDenoiser
 from cmr_diffusion.model.painting import paint
 from cmr_diffusion.model.sdm import SDM, sdm_config
 from cmr_diffusion.synthesis import cohort as synthesis, records as kept
+from cmr_diffusion.synthesis.inputs import warn_of_types
 from cmr_diffusion.synthesis.label_maps import mask_grid, mask_rows
 from cmr_diffusion.synthesis.phantom_masks import phantom_masks
 from cmr_diffusion.synthesis.records import with_sources
 from cmr_diffusion.synthesis.settings import read_settings
-from cmr_diffusion.synthesis.wanted import SyntheticPatients
+from cmr_diffusion.synthesis.wanted import AskedValues, SyntheticPatients
 from cmr_diffusion.toy import toy_cohort
 from test_output import Faults, clean, in_child, kill
 
@@ -508,11 +509,30 @@ def test_a_model_without_tissue_values(tmp_path, checkpoint, knowing, cache, who
         assert said.startswith(f"values '{values}': the model takes no tissue values")
     for values in ('T1 spleen=3', 'Draw', '', 'T1 myocardium=many', None, {'myocardium': 1100}):
         said = refused(lambda: synthesize(knowing, cache, tmp_path/'x', **ONE_BY_ONE | dict(values=values)))
-        assert said.startswith(f'values {values!r}: give')
+        assert said.startswith(f'values {values!r}: give') and ' values: ' not in said
     phantoms = phantom_masks(2, cache.spec.types)
     said = refused(lambda: synthesize(knowing, phantoms, tmp_path/'x', values='own', device='cpu'))
     assert said.startswith("values 'own': phantom masks")
     assert not (tmp_path/'x').exists()
+
+
+@pytest.mark.parametrize('values', (5, 'T1 myocardium=1100', [5], ['myocardium'], [[1100.]]))
+def test_what_paint_takes_no_values_from(knowing, cache, values):
+    said = refused(lambda: paint(knowing, [cache.grid(0)], [1], values=values))
+    assert said.startswith('values ') and 'one such dict per label map' in said
+
+
+def test_wishes_that_no_image_can_have_are_told(tmp_path, knowing, cache, caplog):
+    settings = ONE_BY_ONE | dict(type='T2', values='T1 myocardium=1000')
+    with caplog.at_level(logging.WARNING, 'cmr_diffusion'): synthesize(knowing, cache, tmp_path/'out', **settings)
+    assert 'T1 myocardium: no image of this type is painted' in caplog.text
+    rows = cache.usable
+    warn_of_types(AskedValues('own', knowing.spec, knowing.values, knowing.tissue), rows, 'T2')
+    assert f"values 'own': {(rows.type != 'T2').sum()} of {len(rows)} label maps have no T2 image" in caplog.text
+    caplog.clear()
+    warn_of_types(AskedValues('own', knowing.spec, knowing.values, knowing.tissue), rows, None)
+    warn_of_types(AskedValues('T2 myocardium=50', knowing.spec, knowing.values, knowing.tissue), rows, None)
+    assert not caplog.records
 
 
 def test_values_beyond_the_training_are_told_once(tmp_path, knowing, cache, caplog):

@@ -53,7 +53,7 @@ def asked_values(
         raise CMRError('values: this model takes no tissue values; leave them out, or train one that does')
     each = [values] * len(grids) if isinstance(values, Mapping) else values
     if isinstance(each, str) or not isinstance(each, Sequence) or not all(isinstance(v, Mapping | None) for v in each):
-        raise WrongValue('values', values, "give {'myocardium': 1150.}, or a list with one such dictionary per label map")
+        raise WrongValue('values', values, "give {'myocardium': 1150.}, or a list with one such dict per label map")
     if len(each) != len(grids): raise CMRError(f'{len(grids)} label maps and {len(each)} sets of values: give one each')
     own = (in_network_units(dict(of or {}), checkpoint.spec, checkpoint.values, g.type) for g, of in zip(grids, each))
     asked = torch.from_numpy(np.stack(list(own)))
