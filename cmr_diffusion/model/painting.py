@@ -104,7 +104,7 @@ def check_painted(
                    f'{seeds[bad[0]]} ({name}; {how}): {advice}')
 
 # %% ../../nbs/37_model.painting.ipynb #37k008
-HELD_ABOVE = .3  # noise level, network units
+HELD_ABOVE = 1.  # noise level, network units
 
 class PreparedHeld(NamedTuple):
     "A batch of conditions, prepared for the denoiser, and the conditions themselves."
