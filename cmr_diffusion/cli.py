@@ -221,7 +221,7 @@ def cmr_evaluate(
     seed: Seed = 0,  # of controls, intervals and figure
     device: str = None,  # cpu, cuda, or mps, which is untested (default: a GPU where there is one)
 ):
-    "Say how good a synthetic cohort is: its values, its adherence to the masks, its use for training."
+    "Say how good a synthetic cohort is: values (also those asked for), borders, adherence to masks, use in training."
     from dataclasses import replace
     from cmr_diffusion.evaluation.report import evaluate
     from cmr_diffusion.evaluation.segmentation import QUICK, SegConfig

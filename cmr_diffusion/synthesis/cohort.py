@@ -169,7 +169,8 @@ def synthesize(
         sampler: 'dpmpp_2m', 'heun', 'ddim' or 'ddpm'.
         per_mask: images per label map; each repetition is a synthetic patient of its own.
         seed: of the cohort. The same seed gives the same images, whatever `per_mask` and `batch_size` are, and
-            however many processes paint.
+            however many processes paint. With `deform`, they also depend on the other masks of their patient and on
+            the range of hearts in the cohort.
         batch_size: images that are painted at once.
         device: where a model that is read shall be, such as 'cpu' or 'cuda'; None: a GPU where there is one. The
             network of a `Checkpoint` stays where it is.
