@@ -90,7 +90,7 @@ def _notes(slices, synthetic, spacing, distance, placed):
         labels={name: number for number, name in enumerate(STRUCTURES)},
         slices=[s.name for s in slices], order='from base to apex', row_spacing=row, column_spacing=column,
         slice_distance=NOMINAL if math.isnan(distance) else round(float(distance), 6),
-        slice_distance_from='nothing: it is nominal' if math.isnan(distance) else 'the source',
+        slice_distance_from='nothing (it is nominal)' if math.isnan(distance) else 'the source',
         in_plane='as in the source, to the nearest pixel' if placed else 'all slices begin at one corner')
 
 def _save(path, voxels, affine, note):
