@@ -12,16 +12,17 @@ from cmr_diffusion.evaluation.adherence import adherence_table
 from cmr_diffusion.evaluation.edges import edge_table
 from cmr_diffusion.evaluation.fidelity import slice_values, value_table
 from cmr_diffusion.evaluation.overlap import dice_table
+from cmr_diffusion.evaluation.patients import intraclass_correlation
 from cmr_diffusion.evaluation.segmentation import SegConfig, cached_segmentation, segment
+from cmr_diffusion.evaluation.tissue import ASKED, tissue_table
 from cmr_diffusion.evaluation.utility import utility_table
 from cmr_diffusion.grid.loaders import evenly, grid_slices
-from cmr_diffusion.grid.tissue import in_units, measure_slices
+from cmr_diffusion.grid.tissue import in_units, LEAST, measure_slices
 from cmr_diffusion.model.painting import grid_condition, HELD_ABOVE, paint
 from cmr_diffusion.output import progress
 
 BATCH = 32  # images at a time
 SIGMAS = (-0.8, 1.6)  # P_mean and P_std of the noise at which all arms are validated, whatever they were trained at
-LEAST = 4  # pixels of a structure in a slice; of fewer, no mean is taken
 
 
 @dataclass(frozen=True)
@@ -117,42 +118,16 @@ def sigma_losses(checkpoint, masks, precision, spread, told=False):
 
 
 def asked_and_painted(asked, slices, transforms):
-    "Compare what was asked for with the mean that was painted: slope, correlation, mean error, spread of the rest."
-    images = replace(slices, rows=slices.rows.assign(patient=np.arange(len(slices)).astype(str)))
-    found = slice_values(images, transforms)
-    found = found[found.pixels >= LEAST]
-    found['asked'] = [asked[int(n)].get(STRUCTURES[s], np.nan) for n, s in zip(found.patient, found.structure)]
-    table = []
-    for (image_type, s), own in found.dropna().groupby(['type', 'structure']):
-        x, y = own.asked.to_numpy(), own['mean'].to_numpy()
-        if len(x) < 3 or x.std() == 0: continue
-        slope, start = np.polyfit(x, y, 1)
-        table.append(dict(type=image_type, structure=STRUCTURES[s], n=len(x), asked_mean=x.mean(), slope=slope,
-                          r=np.corrcoef(x, y)[0, 1], error=np.mean(y - x), residual=np.std(y - slope * x - start)))
-    return pd.DataFrame(table)
+    "Compare what was asked for, one dict per slice, with the mean that was painted: the columns of `tissue_table`."
+    columns = [{f'asked_{name}': value for name, value in of.items()} for of in asked]
+    return tissue_table(slices, pd.DataFrame(columns, columns=ASKED), transforms, draws=2)
 
 
 def same_patient(slices, transforms):
-    "Intraclass correlation of the structures' means within patients (one-way random effects), by type and structure."
+    "Intraclass correlation of the structures' means within patients, by type and structure."
     found = slice_values(slices, transforms)
-    found = found[found.pixels >= LEAST]
-    table = {}
-    for (image_type, s), own in found.groupby(['type', 'structure']):
-        groups = [g['mean'].to_numpy() for _, g in own.groupby('patient')]
-        table[f'{image_type} {STRUCTURES[s]}'] = intraclass(groups)
-    return table
-
-
-def intraclass(groups):
-    "One-way intraclass correlation of groups of unequal size (ICC(1,1)); nan where it is not defined."
-    sizes = np.array([len(g) for g in groups])
-    n, k = sizes.sum(), len(groups)
-    if k < 2 or n <= k: return float('nan')
-    grand = np.concatenate(groups).mean()
-    between = sum(len(g) * (g.mean() - grand)**2 for g in groups) / (k - 1)
-    within = sum(((g - g.mean())**2).sum() for g in groups) / (n - k)
-    size = (n - (sizes**2).sum() / n) / (k - 1)
-    return float((between - within) / (between + (size - 1) * within))
+    groups = found[found.pixels >= LEAST].groupby(['type', 'structure'])
+    return {f'{image_type} {STRUCTURES[s]}': intraclass_correlation(own) for (image_type, s), own in groups}
 
 
 class Measuring:

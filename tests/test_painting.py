@@ -205,3 +205,30 @@ def test_figures_of_a_type_in_milliseconds():
 def test_a_histogram_without_a_value_in_its_window():
     s = Slice(np.full((8, 8), 9000., np.float32), (2., 2.), 'T1', np.ones((8, 8), np.uint8))
     with np.errstate(all='raise'): assert not value_histograms([s]).axes[0].lines
+
+
+class Flat:
+    "A denoiser that sees the same grey everywhere, and noise in it."
+    def prepare(self, condition): return None
+    def __call__(self, x, sigma, prepared, variance=False):
+        x0 = .1*torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return (x0, None) if variance else x0
+
+
+@pytest.mark.parametrize('sigma, held', [(3., True), (painting.HELD_ABOVE, False), (.01, False)])
+def test_values_are_held_above_a_noise_level(cache, checkpoint, sigma, held):
+    "The mean of a structure in ms is what was asked for; what was not asked for, and low levels, are left alone."
+    grids = [cache.grid(int(i)) for i in cache.rows('test', 'MyMap')]
+    condition = painting.grid_condition(cache.spec, grids)
+    column = cache.spec.first('MyMap') + cache.spec.structures('MyMap').index('myocardium')
+    transform = cache.values['MyMap']
+    wanted = transform.inverse(0.) + 60.
+    condition.values[:, column] = float(transform.forward(wanted))
+    x = torch.zeros(len(grids), 1, 32, 32)
+    keeper, free = painting.Held(Flat(), cache.spec, cache.values), Flat()(x, sigma, None)
+    x0, v = keeper(x, sigma, keeper.prepare(condition), variance=True)
+    wall = condition.classes == column
+    assert v is None and torch.equal(x0[:, 0][~wall], free[:, 0][~wall])
+    means = [float(transform.inverse(image[own]).mean()) for image, own in zip(x0[:, 0], wall)]
+    if held: assert means == pytest.approx([wanted]*len(grids), abs=1.)
+    else: assert torch.equal(x0, free)

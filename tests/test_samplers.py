@@ -1,4 +1,6 @@
 """Every sampler is compared with the scheduler of `diffusers`, with settings that make the two equal."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,17 @@ def test_every_sampler_takes_shared_seeds(sampler):
     assert torch.equal(shared, images(shared_seeds=np.array([5, 5]))) and not torch.equal(shared, plain)
     for wrong, said in (([5], '2 conditions and 1 shared_seeds'), (['a', 'b'], 'shared_seeds .* whole number')):
         with pytest.raises(CMRError, match=said): images(shared_seeds=wrong)
+
+
+def test_sampling_begins_at_the_centre_of_each_image():
+    "What the denoiser sees first is the noise of the seed about the centre; guidance has prepared two conditions."
+    class Looking:
+        def prepare(self, condition): return SimpleNamespace(centre=torch.tensor([.5, -.25, 9., 9.]))
+        def __call__(self, x, sigma, prepared, variance=False):
+            self.first = getattr(self, 'first', x)
+            return (x*0, None) if variance else x*0
+    condition = Condition(torch.zeros(2, 16, 16, dtype=torch.uint8), torch.ones(2), 4)
+    looking, sigmas = Looking(), EDMRecipe().sigmas(4)
+    sample(looking, sigmas, condition, [1, 2], (1, 16, 16))
+    noise = SeededNoise([1, 2], (1, 16, 16))()*(1 + sigmas[0]**2).sqrt()
+    assert torch.allclose((looking.first - noise).mean((1, 2, 3)), torch.tensor([.5, -.25]), atol=1e-4)
