@@ -14,10 +14,10 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .command_line import command, typed_options
-from cmr_diffusion.command_options import (
+from .command_options import (
     Batch, batch_size_of, check_registered, Count, counted, Crop, Format, Guidance, Minutes, open_masks,
-    phantom_patients, Precision, Preset, read_table, Recipe, Sampler, Samplings, secret_in, Seed, splits_of, Steps,
-    Workers)
+    phantom_patients, Precision, Preset, read_table, Recipe, Sampler, Samplings,
+    secret_in, Seed, splits_of, Steps, Workers)
 from .core import CMRError, choose_device, logger
 from .processes import is_main
 

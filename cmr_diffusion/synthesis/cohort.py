@@ -31,9 +31,9 @@ from ..output import progress
 from ..processes import barrier, is_main, rank, several, world_size
 from ..results import check_result
 from ..rooms import Room
-from cmr_diffusion.synthesis.inputs import (
-    check_type, check_words, device_of, limits_of, other_spacing, read_values, ready_model, resume_text, sources_of,
-    training_of, warn_of_types)
+from .inputs import (
+    check_type, check_words, device_of, limits_of, other_spacing, read_values, ready_model,
+    resume_text, sources_of, training_of, warn_of_types)
 from .label_maps import check_masks, mask_rows, MaskSource
 from .phantom_masks import PhantomMasks
 from .plan import by_patient, Plan, splits_of
