@@ -106,7 +106,8 @@ def asked_rows(arm, work):
     for r in said.get('asked', []):
         name = f'{r["type"]} {r["structure"]}'
         digits = 3 if r['unit'] == 'rel' else 1
-        yield line([arm.name, said['settings']['painting']['values'], name, f'{r["slope"]:.2f}', f'{r["correlation"]:.2f}',
+        yield line([arm.name, said['settings']['painting']['values'], name, f'{r["slope"]:.2f}',
+                    f'{r["correlation"]:.2f}',
                     f'{r["error"]:+.{digits}f}', f'{r["residual"]:.{digits}f}', short(said['icc'].get(name), 2),
                     short(said['icc_real'].get(name), 2)])
 
