@@ -17,7 +17,7 @@ from cmr_diffusion.evaluation.segmentation import SegConfig, cached_segmentation
 from cmr_diffusion.evaluation.tissue import ASKED, tissue_table
 from cmr_diffusion.evaluation.utility import utility_table
 from cmr_diffusion.grid.loaders import evenly, grid_slices
-from cmr_diffusion.grid.tissue import in_units, LEAST, measure_slices
+from cmr_diffusion.grid.tissue import in_units, LEAST, measure_slices, sizes_of
 from cmr_diffusion.model.painting import grid_condition, HELD_ABOVE, paint
 from cmr_diffusion.output import progress
 
@@ -45,13 +45,16 @@ class Masks:
     def __len__(self): return len(self.positions)
 
 
-def drawn_values(checkpoint, rows):
-    "Tissue values (N, channels) of synthetic patients: one set per patient of the rows, and a deviation per slice."
-    tissue, patients, drawn = checkpoint.tissue, {}, []
-    for n, patient in enumerate(rows.patient):
+def drawn_values(checkpoint, masks):
+    "Tissue values (N, channels) of synthetic patients: one set per patient of the masks, and a deviation per slice."
+    tissue, spec, patients, drawn = checkpoint.tissue, checkpoint.spec, {}, []
+    classes = torch.from_numpy(np.stack([spec.encode(g.labels, g.type) for g in masks.grids]))
+    sizes = sizes_of(classes, spec.channels, [g.mean_spacing for g in masks.grids])
+    for n, patient in enumerate(masks.real.rows.patient):
         rng = np.random.default_rng(stable_seed('tissue', patient))
         if patient not in patients: patients[patient] = tissue.draw_patient(rng)
-        drawn.append(tissue.draw_slice(np.random.default_rng(stable_seed('tissue', patient, n)), patients[patient]))
+        rng = np.random.default_rng(stable_seed('tissue', patient, n))
+        drawn.append(tissue.draw_slice(rng, patients[patient], sizes=sizes[n]))
     return np.stack(drawn)
 
 
@@ -62,7 +65,7 @@ def values_for(checkpoint, masks, way):
     rows, own = masks.real.rows, measure_slices(masks.real, checkpoint.spec, checkpoint.values)
     if way == 'own': wanted = own
     elif way == 'other': wanted = own[other_patients(rows)]
-    else: wanted = drawn_values(checkpoint, rows)
+    else: wanted = drawn_values(checkpoint, masks)
     asked = np.where(np.isfinite(own), wanted, np.nan)
     return [in_units(row, checkpoint.spec, checkpoint.values, t) for row, t in zip(asked, rows.type)]
 

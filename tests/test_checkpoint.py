@@ -1,13 +1,17 @@
 """A checkpoint is what was written, or is refused in one line; what a user has of older versions is read."""
 import hashlib, json, shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cmr_diffusion import __version__, CMRError, Geometry, load_checkpoint
 from cmr_diffusion.grid.condition import ConditionSpec
+from cmr_diffusion.grid.tissue import TissueModel
 from cmr_diffusion.grid.values import ValueTransform
+from cmr_diffusion.model.adm import sinusoid
 from cmr_diffusion.model.checkpoint import Checkpoint, save_checkpoint
 from cmr_diffusion.model.edm import EDMDenoiser
 from cmr_diffusion.model.sdm import SDM, sdm_config
@@ -92,8 +96,37 @@ def test_format_1_is_read(folder):
     assert torch.equal(found.model.out_norm.weight, load_file(folder/'model.safetensors')['out_norm.weight'])
 
 
+def told_checkpoint():
+    "A network that takes tissue values."
+    plain = toy_checkpoint()
+    model = SDM(sdm_config('tiny', label_channels=7, hidden=8, values=True))
+    measured = np.random.default_rng(0).normal(.3, .05, (40, 7))
+    tissue = TissueModel.fit(measured, np.arange(40), plain.spec.names, measured + 6)
+    model.standardize(torch.tensor(tissue.mean), torch.from_numpy(tissue.spread))
+    return replace(plain, denoise=EDMDenoiser(model), tissue=tissue)
+
+
+def test_tissue_values_of_a_checkpoint(tmp_path):
+    "Spreads and sizes come back; a checkpoint of format 3 has neither and reads values times four, as it did."
+    written = told_checkpoint()
+    folder = save_checkpoint(tmp_path/'checkpoint', written)
+    found = load_checkpoint(folder)
+    assert found.tissue == written.tissue and torch.equal(found.model.value_spread, written.model.value_spread)
+    weights = load_file(folder/'model.safetensors')
+    with_weights(folder, {name: w for name, w in weights.items() if not name.startswith('value_')})
+    change(folder, **{'format': 3, 'tissue.size': None, 'tissue.slope': None})
+    older = load_checkpoint(folder)
+    assert older.tissue.slope == older.tissue.size == (0.,)*7 and older.tissue.between == written.tissue.between
+    values = torch.tensor([[torch.nan, .1, -.2, torch.nan, .7, .5, 0.]])
+    told = torch.stack([4*values.nan_to_num(), values.isfinite()], 2).flatten(1)
+    plain = older.model.embed(torch.zeros(1), None)
+    expected = older.model.time(sinusoid(torch.zeros(1), 32)) + older.model.values(told)
+    assert torch.allclose(older.model.embed(torch.zeros(1), None, values), torch.nn.functional.silu(expected))
+    assert not torch.allclose(plain, torch.nn.functional.silu(expected))
+
+
 ODD = {
-    'format': [4, '2', None, True], 'model': [None, [], 'tiny'], 'recipe': [None, [], 'edm'], 'spec': [None, {}, 'T1'],
+    'format': [5, '2', None, True], 'model': [None, [], 'tiny'], 'recipe': [None, [], 'edm'], 'spec': [None, {}, 'T1'],
     'values': [None, [], {}], 'geometry': [None, [32, 2.]], 'info': [None, []], 'weights': [None, 7],
     'model.width': [None, '32', 0, -32, 33, 3200000, [32]], 'model.blocks': [0, -1, 10**9],
     'model.multipliers': [2, [], [0, 1], ['a']], 'model.label_channels': [0, 8, 1.5], 'model.dropout': [2],
@@ -131,11 +164,11 @@ def test_what_is_no_configuration(folder, content):
 
 
 @pytest.mark.parametrize('number, wrote, words', [
-    (99, __version__, 'damaged, or not written by cmr_train (format 99: give 1 to 3); copy the checkpoint again'),
-    ('x', __version__, "damaged, or not written by cmr_train (format 'x': give 1 to 3); copy the checkpoint again"),
-    (0, __version__, '(format 0: give 1 to 3)'), (True, __version__, '(format True: give 1 to 3)'),
-    (99, None, '(format 99: give 1 to 3)'), (99, 5, '(format 99: give 1 to 3)'),
-    (4, '9.1.0', 'a checkpoint of format 4, written by cmr_diffusion 9.1.0; ')])
+    (99, __version__, 'damaged, or not written by cmr_train (format 99: give 1 to 4); copy the checkpoint again'),
+    ('x', __version__, "damaged, or not written by cmr_train (format 'x': give 1 to 4); copy the checkpoint again"),
+    (0, __version__, '(format 0: give 1 to 4)'), (True, __version__, '(format True: give 1 to 4)'),
+    (99, None, '(format 99: give 1 to 4)'), (99, 5, '(format 99: give 1 to 4)'),
+    (5, '9.1.0', 'a checkpoint of format 5, written by cmr_diffusion 9.1.0; ')])
 def test_formats(folder, number, wrote, words):
     "The line said to use the version that wrote it, and named the one that was running."
     change(folder, format=number, cmr_diffusion=wrote)

@@ -13,6 +13,7 @@ from cmr_diffusion.cohort.slices import load_slices
 from cmr_diffusion.core import Slice
 from cmr_diffusion.evaluation.fidelity import value_table
 from cmr_diffusion.figures import comparison, show_slice, shown_values
+from cmr_diffusion.grid.tissue import TissueModel
 from cmr_diffusion.grid.geometry import GridSlice
 from cmr_diffusion.grid.loaders import grid_slices
 from cmr_diffusion.model import painting
@@ -215,8 +216,8 @@ class Flat:
         return (x0, None) if variance else x0
 
 
-@pytest.mark.parametrize('sigma, held', [(3., True), (painting.HELD_ABOVE, False), (.01, False)])
-def test_values_are_held_above_a_noise_level(cache, checkpoint, sigma, held):
+@pytest.mark.parametrize('times, above, held', [(30., .1, True), (1.1, .1, True), (.9, .1, False), (.9, 0., True)])
+def test_values_are_held_as_long_as_noise_hides_the_mean(cache, checkpoint, times, above, held):
     "The mean of a structure in ms is what was asked for; what was not asked for, and low levels, are left alone."
     grids = [cache.grid(int(i)) for i in cache.rows('test', 'MyMap')]
     condition = painting.grid_condition(cache.spec, grids)
@@ -224,11 +225,20 @@ def test_values_are_held_above_a_noise_level(cache, checkpoint, sigma, held):
     transform = cache.values['MyMap']
     wanted = transform.inverse(0.) + 60.
     condition.values[:, column] = float(transform.forward(wanted))
-    x = torch.zeros(len(grids), 1, 32, 32)
-    keeper, free = painting.Held(Flat(), cache.spec, cache.values), Flat()(x, sigma, None)
-    x0, v = keeper(x, sigma, keeper.prepare(condition), variance=True)
+    measured = np.random.default_rng(0).normal(0, .05, (40, cache.spec.channels))
+    tissue = TissueModel.fit(measured, np.arange(40), cache.spec.names)
     wall = condition.classes == column
+    sigma = times * .1 * tissue.spread[column] * wall.sum((1, 2)).sqrt()  # noise of the mean: a tenth of the spread
+    x = torch.zeros(len(grids), 1, 32, 32)
+    keeper, free = painting.Held(Flat(), replace(checkpoint, tissue=tissue), above), Flat()(x, sigma, None)
+    x0, v = keeper(x, sigma, keeper.prepare(condition), variance=True)
     assert v is None and torch.equal(x0[:, 0][~wall], free[:, 0][~wall])
     means = [float(transform.inverse(image[own]).mean()) for image, own in zip(x0[:, 0], wall)]
     if held: assert means == pytest.approx([wanted]*len(grids), abs=1.)
     else: assert torch.equal(x0, free)
+
+
+def test_values_are_held_to_the_end_where_nobody_knows_their_spread(cache, checkpoint):
+    keeper = painting.Held(Flat(), checkpoint)
+    condition = painting.grid_condition(cache.spec, [cache.grid(int(cache.rows('test', 'MyMap')[0]))])
+    assert (keeper.prepare(condition).levels == 0).all()

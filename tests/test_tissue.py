@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmr_diffusion.core import CMRError, STRUCTURES
 from cmr_diffusion.grid.condition import ConditionSpec
 from cmr_diffusion.grid.random_effects import between_and_within, draw_deviations
-from cmr_diffusion.grid.tissue import (
-    in_network_units, in_units, measure, measure_slices, parse_values, present, range_warnings, TissueModel)
+from cmr_diffusion.grid.tissue import in_network_units, in_units, measure, measure_slices, present, sizes_of, TissueModel
 from cmr_diffusion.grid.values import ValueTransform
+from cmr_diffusion.grid.wishes import parse_values, range_warnings
 from cmr_diffusion.toy import toy_grid
 from cmr_diffusion.validation import validated, WrongValue
 
@@ -220,6 +220,36 @@ def test_one_seed_is_one_patient(model):
     assert (draw(1)[1:] != draw(2)[1:]).all()
     a, b = draw(1, {WALL: (0, .1)}), draw(1, {WALL: (0, .1), BLOOD: (.2, .2)})
     assert a[WALL] == b[WALL]
+
+
+def test_values_go_with_the_size_of_a_structure():
+    "Blood of small cavities is darker: what is drawn for a slice depends on its cavity, and the rest is told apart."
+    rng, owners = np.random.default_rng(0), np.arange(60).repeat(5)
+    sizes = np.full((300, SPEC.channels), np.nan)
+    sizes[:, BLOOD] = 6 + rng.normal(0, .8, 300)
+    patients = rng.normal(.3, .1, 60)[owners]
+    values = np.full((300, SPEC.channels), np.nan)
+    values[:, BLOOD] = patients + .12*(sizes[:, BLOOD] - 6) + rng.normal(0, .02, 300)
+    values[:, WALL] = rng.normal(0, .05, 60)[owners] + rng.normal(0, .02, 300)
+    told, untold = (TissueModel.fit(values, owners, SPEC.names, given) for given in (sizes, None))
+    assert told.slope[BLOOD] == pytest.approx(.12, abs=.02) and told.size[BLOOD] == pytest.approx(6, abs=.2)
+    assert told.slope[WALL] == told.size[WALL] == 0 and untold.slope == (0.,)*SPEC.channels
+    assert told.within[BLOOD][BLOOD]**.5 < .03 < .08 < untold.within[BLOOD][BLOOD]**.5
+    patient, small, large = told.draw_patient(rng), *np.full((2, SPEC.channels), np.nan)
+    small[BLOOD], large[BLOOD] = 5, 7
+    draw = lambda given, asked=None: told.draw_slice(np.random.default_rng(1), patient, asked, given)
+    assert draw(large)[BLOOD] - draw(small)[BLOOD] == pytest.approx(2*told.slope[BLOOD])
+    assert draw(large)[WALL] == draw(None)[WALL] == draw(small)[WALL]
+    assert draw(large, {BLOOD: (.5, .5)})[BLOOD] == patient[BLOOD]  # what is asked for stays
+    assert np.isfinite(draw(large*9)[[WALL, BLOOD]]).all() and abs(draw(large*9)[BLOOD]) <= 1
+
+
+def test_sizes_are_areas_in_square_millimetres():
+    images, classes = some_images()
+    sizes = sizes_of(classes, SPEC.channels, [2., 0., float('nan'), 1.])
+    pixels = (classes[0] == WALL).sum().item()
+    assert sizes[0, WALL] == pytest.approx(np.log(4*pixels)) and np.isnan(sizes[:, 0]).all()
+    assert np.isnan(sizes[1:3]).all() and np.isfinite(sizes[3]).any()
 
 
 # Asking

@@ -104,28 +104,33 @@ def check_painted(
                    f'{seeds[bad[0]]} ({name}; {how}): {advice}')
 
 # %% ../../nbs/37_model.painting.ipynb #37k008
-HELD_ABOVE = 1.  # noise level, network units
+HELD_ABOVE = .1  # noise of a structure's mean, in spreads of such means among the training slices
 
 class PreparedHeld(NamedTuple):
     "A batch of conditions, prepared for the denoiser, and the conditions themselves."
     inner: Prepared
     condition: Condition
     centre: Tensor  # (B,) where sampling begins
+    levels: Tensor  # (B, channels) noise level above which each mean is held
 
 class Held:
-    "A denoiser whose estimates have the means that are asked for, at all noise levels above one."
+    "A denoiser whose estimates have the means that are asked for, as long as the noise hides the means."
     def __init__(self,
         denoise: Callable,  # a `Denoiser`, or `Guided`
-        spec: ConditionSpec,  # of the channels
-        transforms: dict[str, ValueTransform],  # by image type
-        above: float = HELD_ABOVE,  # noise level; at it and below, estimates are left as they are
-    ): self.denoise, self.spec, self.transforms, self.above = denoise, spec, transforms, above
+        checkpoint: Checkpoint,  # its channels, value transforms and tissue values
+        above: float = HELD_ABOVE,  # see `HELD_ABOVE`; 0: to the end
+    ):
+        self.denoise, self.spec, self.transforms = denoise, checkpoint.spec, checkpoint.values
+        spread = np.zeros(self.spec.channels) if checkpoint.tissue is None else checkpoint.tissue.spread
+        self.levels = above * torch.from_numpy(spread).float()  # (channels,), of a single pixel
 
     def prepare(self,
         condition: Condition,  # of B images
     ) -> PreparedHeld:
-        "Prepare the condition for the denoiser, and keep it."
-        return PreparedHeld(self.denoise.prepare(condition), condition, condition.centre)
+        "Prepare the condition for the denoiser, and find out how long each mean is held."
+        pixels = condition.one_hot().sum((-2, -1))
+        levels = self.levels.to(pixels.device) * pixels.sqrt()
+        return PreparedHeld(self.denoise.prepare(condition), condition, condition.centre, levels)
 
     def __call__(self,
         x: Tensor,  # x0 + sigma noise (B, C, H, W)
@@ -137,7 +142,7 @@ class Held:
         x0, v = self.denoise(x, sigma, prepared.inner, True)
         c = prepared.condition
         lacks = (c.values - measure(x0, c.classes, self.spec, self.transforms)).nan_to_num()
-        lacks = lacks * (torch.as_tensor(sigma, device=x.device).reshape(-1, 1) > self.above)
+        lacks = lacks * (torch.as_tensor(sigma, device=x.device).reshape(-1, 1) > prepared.levels)
         x0 = x0 + torch.einsum('bk,bkhw->bhw', lacks, c.one_hot())[:, None]
         return (x0, v) if variance else x0
 
@@ -154,7 +159,7 @@ def paint(
     fast: bool = True,  # make the network fast, in place
     values: Mapping | Sequence[Mapping] | None = None,  # tissue values: structure -> mean in the unit of the type
     shared_seeds: list[int] | None = None,  # one per label map; images of one share the low frequencies of their noise
-    held_above: Annotated[float, Field(ge=0)] = HELD_ABOVE,  # noise level above which `values` are held
+    held_above: Annotated[float, Field(ge=0)] = HELD_ABOVE,  # how long `values` are held; 0: to the end
 ) -> list[GridSlice]:  # the same with painted pixels, in the unit of the type
     """Paint images into label maps on the grid.
 
@@ -174,8 +179,9 @@ def paint(
             all label maps, or one for each. Structures that are not named are not asked for.
         shared_seeds: B numbers. Images with the same number begin with the same low frequencies of their noise, as the
             slices of a stack may.
-        held_above: noise level, in network units, above which the means of structures are held at `values`; the network
-            alone follows them where it is larger than any level of sampling (80).
+        held_above: the mean of a structure is held at its value while the noise hides it: while sigma / sqrt(pixels) is
+            more than `held_above` times the spread of such means among the training slices. 0: to the end, so that the
+            mean is exact; a large number such as 1000: never, so that the network alone follows the values.
 
     Returns:
         B slices, `pixels` (S, S) float32 in the unit of the type: ms for T1 and T2, robust maxima for others.
@@ -197,7 +203,7 @@ def paint(
     if asked is not None: condition = replace(condition, values=asked)
     if fast: make_fast(c.model)
     denoise, sigmas = c.denoiser(guidance, precision), c.denoise.sigmas(steps)
-    if asked is not None: denoise = Held(denoise, c.spec, c.values, held_above)
+    if asked is not None: denoise = Held(denoise, c, held_above)
     shape = (c.model.config.image_channels, *grids[0].labels.shape)
     x = sample(denoise, sigmas, condition, seeds, shape, sampler, c.denoise.clip, device, shared_seeds=shared_seeds)
     check_painted(x, grids, seeds, f'guidance {guidance:g}, {steps} steps, {precision}')

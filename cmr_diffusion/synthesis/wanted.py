@@ -21,8 +21,9 @@ from ..cohort.shapes import ShapeLimits
 from ..core import CMRError, PADDING, Slice, stable_seed
 from ..grid.condition import ConditionSpec
 from ..grid.geometry import Geometry, GridSlice, place
-from ..grid.tissue import in_units, measure, parse_values, present, range_warnings, TissueModel
+from ..grid.tissue import in_units, measure, present, sizes_of, TissueModel
 from ..grid.values import ValueTransform
+from ..grid.wishes import parse_values, range_warnings
 from .deformation import deform, Deformation, find_deformation
 from .label_maps import mask_grid, mask_slices, MaskSource
 from .plan import mask_reference, Plan, Planned
@@ -66,13 +67,14 @@ def of(self: AskedValues,
 ) -> dict[str, float] | None:  # structure -> mean in the unit of the type; None: nothing is asked for
     "Choose the values that are asked for in one image."
     if self.text == 'none': return None
-    values = np.full(self.spec.channels, np.nan)
+    values, channels = np.full(self.spec.channels, np.nan), self.spec.channels
+    classes = torch.from_numpy(self.spec.encode(wanted.labels, wanted.type))[None]
     if self.text != 'own':
+        sizes = sizes_of(classes, channels, [wanted.mean_spacing])[0]
         values = self.model.draw_patient(np.random.default_rng(of_patient), self.wishes)
-        values = self.model.draw_slice(np.random.default_rng(of_slice), values, self.wishes)
+        values = self.model.draw_slice(np.random.default_rng(of_slice), values, self.wishes, sizes)
     elif given.type == wanted.type: values = _measured(given, self.spec, self.transforms)
-    classes = torch.from_numpy(self.spec.encode(wanted.labels, wanted.type))
-    there = present(classes[None], self.spec.channels)[0].numpy()
+    there = present(classes, channels)[0].numpy()
     return in_units(np.where(there, values, np.nan), self.spec, self.transforms, wanted.type)
 
 # %% ../../nbs/50ca_synthesis.wanted.ipynb #50can061

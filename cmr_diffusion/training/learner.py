@@ -31,7 +31,7 @@ from .config import (
 from .continuing import (
     adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, log_settings, only_here,
     out_of_memory, point_to_resume, resume_folder, tell_start, weights_of, writing_folder)
-from .model import SDMLearner, new_denoiser, start_from, tissue_model
+from .model import SDMLearner, new_denoiser, standardize_values, start_from, tissue_model
 from ..processes import check_dealt, is_lost, is_main, several, world_size
 from .resume import learn_again, newest_point, points_in, ResumePoint
 from .stopping import resume_line, ResumeWriter, stop_signals, StopFlag
@@ -113,6 +113,8 @@ def sdm_learner(
     precision = choose_precision(precision, dls.device)
     denoise = new_denoiser(dls, preset, recipe, precision, (p_mean, p_std), centred, tissue_values)
     if init is not None: denoise = start_from(denoise, init, dls)
+    of_patients = tissue_model(dls) if tissue_values else None
+    if tissue_values and init is None: standardize_values(denoise.model, of_patients)
     denoise.model.checkpointing = checkpointing
     denoise.to(dls.device, memory_format=torch.channels_last)
     if fast: make_fast(denoise.model)
@@ -125,7 +127,6 @@ def sdm_learner(
         cbs=[StreamPosition(), Noising(seed), ConditionDropout(drop, seed, drop_values), EMACallback(ema),
              GradientClip(clip), DivergenceGuard(), *cbs])
     info = dict(precision=denoise.precision)
-    of_patients = tissue_model(dls) if tissue_values else None
     learn.checkpoint = Checkpoint(objective.average, dls.spec, dls.values, dls.geometry, info, of_patients)
     if not len(dls.valid): logger.warning('%s: no validation slices, so no validation loss', dls.cache.folder)
     return learn
