@@ -8,44 +8,23 @@ the real slices of the same patients, and its floor is the correlation between d
 correlation of the structures and the spread between slices say whether the shared noise does harm elsewhere. The
 results go to `benchmarks/results/stacks.md`."""
 import argparse, sys, tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import pandas as pd
-
-from cmr_diffusion.core import CMRError, Slice
+from cmr_diffusion.core import CMRError
 from cmr_diffusion.evaluation.fidelity import value_table
 from cmr_diffusion.evaluation.overlap import row_names
 from cmr_diffusion.evaluation.patients import icc_table, neighbour_table
 from cmr_diffusion.evaluation.report import read_synthetic
 from cmr_diffusion.grid.cache import CohortCache
-from cmr_diffusion.grid.loaders import evenly, grid_slices
+from cmr_diffusion.grid.loaders import grid_slices
 from cmr_diffusion.synthesis.cohort import synthesize
+from masks import some_patients
 from writing import print_and_keep
 
 ARMS = {'noise of its own': False, 'shared noise': True}  # how a slice is painted: `stacks` of `synthesize`
-
-
-@dataclass
-class SomePatients:
-    "The masks of some patients of a cache, as `synthesize` takes masks."
-    cache: CohortCache
-    usable: pd.DataFrame  # the rows of these patients
-
-    @property
-    def fingerprint(self) -> str: return f'{self.cache.fingerprint}, {len(self.usable)} slices'
-    def slice(self, position: int) -> Slice: return self.cache.slice(position)
-
-
-def some_patients(cache, split, n):
-    "Take the masks of `n` patients of a split, evenly spread."
-    rows = cache.usable[cache.usable.split == split]
-    if not len(rows): raise CMRError(f'{cache.folder}: no slice of split {split!r}; give another --split')
-    names = rows.patient.unique()
-    return SomePatients(cache, rows[rows.patient.isin(evenly(names, n))])
 
 
 def painted(checkpoint, masks, stacks, args):

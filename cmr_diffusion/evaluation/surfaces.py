@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SURFACE_MEASURES', 'border', 'surface_distances', 'surface_measures', 'surface_rows', 'surface_table']
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn002
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn037
 import numpy as np
 import pandas as pd
 from scipy.ndimage import distance_transform_edt
@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 from ..core import CMRError, GridSlices, PADDING, STRUCTURES
 from .overlap import structures_of
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn005
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn040
 def _sides(inside):
     "Mark the sides of pixels between inside and outside: those that run across, and those that run down."
     padded = np.pad(inside, 1)
@@ -30,7 +30,7 @@ def border(
     found[::2, ::2] = left_right[:, 1:] | left_right[:, :-1] | above_below[1:] | above_below[:-1]
     return found
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn009
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn044
 def _from_to(one, other, spacing):
     "Measure the distance of each side of one region's border to the border of the other, as rows (distance, length)."
     away = distance_transform_edt(~border(other), np.array(spacing) / 2)
@@ -53,7 +53,7 @@ def surface_distances(
     pair = found[box], wanted[box]
     return _from_to(*pair, spacing), _from_to(*pair[::-1], spacing)
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn016
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn051
 SURFACE_MEASURES = ('surface_mean', 'surface_median', 'surface_95')  # mm
 
 def _within(sides, share):
@@ -72,7 +72,7 @@ def surface_measures(
     mean = float(np.average(both[:, 0], weights=both[:, 1]))
     return dict(zip(SURFACE_MEASURES, (mean, _within(both, .5), max(_within(d, .95) for d in (outward, inward)))))
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn022
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn057
 _COUNTS = ['slices', 'missed', 'invented', 'unmeasured']
 
 def _slice_distances(read, true, structure, spacing):
@@ -89,7 +89,7 @@ def _group_row(measured):
     counts = {name: kinds.count(name) for name in _COUNTS}
     return surface_measures(np.concatenate(outward), np.concatenate(inward)) | counts
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn023
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn058
 def _checked_spacings(read, true, spacings):
     "Return spacings as (N, 2); `CMRError` where there is not one label map and one spacing per slice."
     if np.shape(read) != np.shape(true.label_maps) or np.shape(spacings) != (len(true), 2):
@@ -113,7 +113,7 @@ def surface_rows(
             if any(one[name] for name in _COUNTS): table.append(names | one)
     return pd.DataFrame(table, columns=['type', 'structure', 'patient', 'of', *SURFACE_MEASURES, *_COUNTS])
 
-# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn029
+# %% ../../nbs/60b_evaluation.surfaces.ipynb #60bn064
 def surface_table(
     read: np.ndarray,  # (N, S, S) uint8, numbers of `STRUCTURES`
     true: GridSlices,  # N slices; their rows have type, patient, volume and structures

@@ -104,7 +104,7 @@ def check_painted(
                    f'{seeds[bad[0]]} ({name}; {how}): {advice}')
 
 # %% ../../nbs/37_model.painting.ipynb #37k008
-HELD_ABOVE = .1  # noise of a structure's mean, in spreads of such means among the training slices
+HELD_ABOVE = .05  # noise of a structure's mean, in spreads of such means among the training slices
 
 class PreparedHeld(NamedTuple):
     "A batch of conditions, prepared for the denoiser, and the conditions themselves."
