@@ -2,10 +2,10 @@
 
     python benchmarks/deformed.py CHECKPOINT CACHE WORK [--fractions 10 100] [--steps 20] [--seed 0] [--threads 1]
 
-Segmentation networks are trained on synthetic images alone and tested on the real test patients. The masks are those of
-a fraction of the training patients. The first arm has one image for each mask, the second two (so that more images alone
-do not count as a gain), the third one image for the mask and one for the mask deformed. All networks take the same
-number of steps. The generator has seen all training patients: only the masks are fewer. The results go to
+Segmentation networks are trained on synthetic images alone and tested on the real test patients. The masks are those
+of a fraction of the training patients. The first arm has one image for each mask, the second two (so that more images
+alone do not count as a gain), the third one image for the mask and one for the mask deformed. All networks take the
+same number of steps. The generator has seen all training patients: only the masks are fewer. The results go to
 `benchmarks/results/deformed.md`; painted cohorts and networks stay in WORK, and are found again there."""
 import argparse, sys
 from pathlib import Path

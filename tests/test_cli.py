@@ -118,7 +118,7 @@ def test_tissue_values_new_hearts_and_volumes(place, cache, trained):
     from cmr_diffusion.synthesis.records import with_sources
     from cmr_diffusion.grid.cache import CohortCache
     quick = ('--steps', 1, '--device', 'cpu', '--seed', 4)
-    asked = ('--values', 'T1 left ventricle=1500-1600', '--deform', '--stacks', '--format', 'nifti', '--per-mask', 2)
+    asked = ('--values', 'T1 left ventricle=1500-1600', '--deform', '--format', 'nifti', '--per-mask', 2)
     place.must('cmr_sample', trained, '--masks', cache, 'hearts', '--split', 'test', *asked, *quick)
     found = with_sources(place.folder/'hearts', CohortCache.load(cache))
     blood = found[found.type == 'T1'].groupby('patient').asked_left_ventricle.agg(['min', 'max'])

@@ -234,7 +234,7 @@ def test_other_settings_are_told_and_not_resumed(
         synthesize(checkpoint, cache, tmp_path/'out', **ONE_BY_ONE)
     changed = [dict(steps=2), dict(seed=2), dict(guidance=1.5), dict(per_mask=1), dict(splits=None), dict(type='T1'),
                dict(spacing=5.), dict(sampler='heun'), dict(precision='bfloat16')]
-    changed += [dict(deform=True), dict(stacks=True)]
+    changed += [dict(deform=True), dict(stacks=False)]
     other = replace(checkpoint, values=checkpoint.values | dict(T1=replace(checkpoint.values['T1'], maximum=3000.)))
     calls = [(checkpoint, cache, ONE_BY_ONE | change) for change in changed]
     calls += [(other, cache, ONE_BY_ONE), (checkpoint, cohort, ONE_BY_ONE)]
@@ -333,7 +333,8 @@ def test_the_manifest_says_how_to_paint_each_image_again(work, whole, checkpoint
         assert (about.patient, about.type, about['slice'], about.split) == (row.patient, row.type, row.slice, row.split)
         assert about.split == rows.split[about.source]
         grid = mask_grid(cache.slice(rows.position[about.source]), cache.geometry)
-        again = paint(checkpoint, [grid], [int(about.seed)], about.guidance, int(about.steps), about.sampler)[0]
+        again = paint(checkpoint, [grid], [int(about.seed)], about.guidance, int(about.steps), about.sampler,
+                      shared_seeds=[int(about.shared_seed)])[0]
         inside = again.labels != 255
         assert np.abs(written.pixels.ravel() - again.pixels[inside]).max() <= .11  # a step of the stored numbers
     for name, content in whole.items(): assert b'toy00' not in content and 'toy00' not in name
@@ -374,7 +375,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, checkpoint, co
 # ---- tissue values, deformed hearts, stacks, volumes
 
 ASKED = [f'asked_{name}' for name in STRUCTURES]
-EVERYTHING = ONE_BY_ONE | dict(values='T1 myocardium=1000-1100', deform=True, stacks=True, format='nifti')
+EVERYTHING = ONE_BY_ONE | dict(values='T1 myocardium=1000-1100', deform=True, format='nifti')
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmr_diffusion.core import CMRError, STRUCTURES
 from cmr_diffusion.grid.condition import ConditionSpec
 from cmr_diffusion.grid.random_effects import between_and_within, draw_deviations
-from cmr_diffusion.grid.tissue import in_network_units, in_units, measure, measure_slices, present, sizes_of, TissueModel
+from cmr_diffusion.grid.tissue import (
+    in_network_units, in_units, measure, measure_slices, present, sizes_of, TissueModel)
 from cmr_diffusion.grid.values import ValueTransform
 from cmr_diffusion.grid.wishes import parse_values, range_warnings
 from cmr_diffusion.toy import toy_grid

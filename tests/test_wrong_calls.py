@@ -354,7 +354,7 @@ def test_a_right_call_is_none_of_these(world):
     more = dict(cmr_train=['--balance', '--batch_size', '4', '--no-tissue-values'],
                 cmr_prepare=['--workers', '0', '--scale', 't2=1'],
                 cmr_sample=['--split', 'train,test', '--guidance', '0', '--values', 'T1 left ventricle=1400-1500',
-                            '--deform', '--stacks', '--format', 'nifti'])
+                            '--deform', '--no-stacks', '--format', 'nifti'])
     for command in RIGHT:
         words = filled(world, RIGHT[command]) + more.get(command, []) if command != 'cmr_demo' else []
         with pytest.raises(AssertionError, match='long work began'): world.here(command, *words)
