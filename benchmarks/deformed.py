@@ -22,7 +22,7 @@ from cmr_diffusion.evaluation.segmentation import cached_segmentation, SegConfig
 from cmr_diffusion.grid.cache import CohortCache
 from cmr_diffusion.grid.loaders import grid_slices
 from cmr_diffusion.synthesis.cohort import synthesize
-from masks import some_patients
+from masks import described, some_patients
 from writing import print_and_keep
 
 
@@ -33,7 +33,7 @@ def fraction_of(cache, percent):
 
 
 def painted(checkpoint, masks, root, args, **options):
-    "Paint the masks, or read what was painted before."
+    "Paint the masks, or read what was painted before with the same settings."
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
         synthesize(checkpoint, masks, root, **dict(steps=args.steps, seed=args.seed, device=args.device) | options)
@@ -43,8 +43,9 @@ def painted(checkpoint, masks, root, args, **options):
 def arms_of(checkpoint, masks, folder, args):
     "The training sets of one fraction by name."
     first = painted(checkpoint, masks, folder/'first', args)
-    again = painted(checkpoint, masks, folder/'again', args, seed=args.seed + 1)
-    deformed = painted(checkpoint, masks, folder/'deformed', args, deform=True)
+    second = dict(seed=args.seed + 1)  # other tissue values and other noise, in both of the arms that are compared
+    again = painted(checkpoint, masks, folder/'again', args, **second)
+    deformed = painted(checkpoint, masks, folder/'deformed', args, **second, deform=True)
     return {'synthetic': first, 'synthetic, two per mask': first + again, 'synthetic + deformed': first + deformed}
 
 
@@ -52,11 +53,13 @@ def report(args):
     "Paint, train, test, and yield the parts of the report."
     cache, config = CohortCache.load(args.cache), SegConfig()
     test, networks = grid_slices(cache, 'test'), Path(args.work)/'networks'
-    yield (f'# Deformed label maps\nDice on {len(test)} real test images of U-Nets ({config.steps} steps, one seed) '
+    yield (f'# Deformed label maps\n{described(args.checkpoint)} '
+           f'Dice on {len(test)} real test images of U-Nets ({config.steps} steps, one seed) '
            'that were trained on synthetic images alone.')
     for percent in args.fractions:
         masks = fraction_of(cache, percent)
-        arms = arms_of(args.checkpoint, masks, Path(args.work)/f'{percent:g}', args)
+        kept = f'{args.checkpoint.strip("/").replace("/", "_")}_{args.steps}_steps_seed_{args.seed}'
+        arms = arms_of(args.checkpoint, masks, Path(args.work)/kept/f'{percent:g}', args)
         lines, head = [], ''
         for name, slices in arms.items():
             model = cached_segmentation(networks, slices, config, args.device, f'U-Net: {name}')

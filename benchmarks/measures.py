@@ -49,7 +49,7 @@ def drawn_values(checkpoint, masks):
     "Tissue values (N, channels) of synthetic patients: one set per patient of the masks, and a deviation per slice."
     tissue, spec, patients, drawn = checkpoint.tissue, checkpoint.spec, {}, []
     classes = torch.from_numpy(np.stack([spec.encode(g.labels, g.type) for g in masks.grids]))
-    sizes = sizes_of(classes, spec.channels, [g.mean_spacing for g in masks.grids])
+    sizes = sizes_of(classes, spec, [g.mean_spacing for g in masks.grids])
     for n, patient in enumerate(masks.real.rows.patient):
         rng = np.random.default_rng(stable_seed('tissue', patient))
         if patient not in patients: patients[patient] = tissue.draw_patient(rng)

@@ -2,11 +2,11 @@
 
     python benchmarks/stacks.py CHECKPOINT CACHE [--split test] [--patients 15] [--steps 20] [--seed 0] [--out FILE]
 
-The label maps of some patients are painted twice, with `synthesize` as it is and with `stacks=True`; everything else is
-the same, the tissue values included. The correlation of the backgrounds of neighbouring slices is compared with that of
-the real slices of the same patients, and its floor is the correlation between different patients. The intraclass
-correlation of the structures and the spread between slices say whether the shared noise does harm elsewhere. The
-results go to `benchmarks/results/stacks.md`."""
+The label maps of some patients are painted twice, with `stacks=False` and with `stacks=True` of `synthesize`;
+everything else is the same, the tissue values included. The correlation of the backgrounds of neighbouring slices is
+compared with that of the real slices of the same patients, and its floor is the correlation between different patients.
+The intraclass correlation of the structures and the spread between slices say whether the shared noise does harm
+elsewhere. The results go to `benchmarks/results/stacks.md`."""
 import argparse, sys, tempfile
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cmr_diffusion.evaluation.report import read_synthetic
 from cmr_diffusion.grid.cache import CohortCache
 from cmr_diffusion.grid.loaders import grid_slices
 from cmr_diffusion.synthesis.cohort import synthesize
-from masks import some_patients
+from masks import described, some_patients
 from writing import print_and_keep
 
 ARMS = {'noise of its own': False, 'shared noise': True}  # how a slice is painted: `stacks` of `synthesize`
@@ -72,7 +72,8 @@ def report(args):
     cache = CohortCache.load(args.cache)
     masks = some_patients(cache, args.split, args.patients)
     names = set(masks.usable.patient)
-    yield (f'# Stacks\n{len(masks.usable)} slices of {len(names)} {args.split} patients, {args.steps} steps, seed '
+    yield (f'# Stacks\n{described(args.checkpoint)} '
+           f'{len(masks.usable)} slices of {len(names)} {args.split} patients, {args.steps} steps, seed '
            f'{args.seed}. A correlation is the mean over pairs of slices.')
     real = grid_slices(cache, args.split)
     real = real[real.rows.patient.isin(names).to_numpy()]

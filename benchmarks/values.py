@@ -3,10 +3,10 @@
     python benchmarks/values.py CHECKPOINT CACHE [--images 24] [--steps 20] [--beyond .1] [--held .1 ...]
         [--picture FILE] [--out FILE]
 
-For each type and structure, images are painted into masks of the test patients. That structure is asked for values that
-are evenly spread over the training range and `--beyond` times its width to both sides of it; the other structures are
-drawn in accordance with it, as `cmr_sample --values` does. The table compares painted with asked means: slope, mean
-error, residual. Several `--held` compare several values of `held_above`. The results go to
+For each type and structure, images are painted into masks of the test patients in which it has 20 pixels or more. It
+is asked for values that are evenly spread over the training range and `--beyond` times its width to both sides of it;
+the other structures are drawn in accordance with it, as `cmr_sample --values` does. The table compares painted with
+asked means: slope, mean error, residual. Several `--held` compare several values of `held_above`. The results go to
 `benchmarks/results/values_NAME.md`, where NAME is that of the cache.
 
 `--picture` draws one label map with walls of six values, and one synthetic heart in all its slices and types: for a
@@ -29,8 +29,10 @@ from cmr_diffusion.grid.tissue import in_units, sizes_of
 from cmr_diffusion.model.checkpoint import load_checkpoint
 from cmr_diffusion.model.painting import HELD_ABOVE, paint
 from cmr_diffusion.tracking import resolve_run
+from masks import described
 from writing import print_and_keep
 
+LEAST = 20  # pixels of a structure that is asked for
 WALLS = 900., 980., 1060., 1140., 1220., 1300.  # ms, of the picture
 
 
@@ -38,7 +40,7 @@ def wishes_for(checkpoint, grids, column, values, seed):
     "What to ask for in each slice: one structure has a given value, the others are drawn in accordance with it."
     spec, tissue = checkpoint.spec, checkpoint.tissue
     classes = torch.from_numpy(np.stack([spec.encode(g.labels, g.type) for g in grids]))
-    sizes, wishes = sizes_of(classes, spec.channels, [g.mean_spacing for g in grids]), []
+    sizes, wishes = sizes_of(classes, spec, [g.mean_spacing for g in grids]), []
     for n, (g, value) in enumerate(zip(grids, values)):
         rng, asked = np.random.default_rng(stable_seed(seed, column, n)), {column: (value, value)}
         drawn = tissue.draw_slice(rng, tissue.draw_patient(rng, asked), asked, sizes[n])
@@ -57,11 +59,10 @@ def painted(checkpoint, grids, wishes, seed, held, args):
     return images
 
 
-def as_slices(checkpoint, images):
-    "Painted slices in network units, with a row for each."
+def as_slices(checkpoint, images, patients):
+    "Painted slices in network units, with a row for each; intervals go by the patients whose masks they are."
     units = np.stack([checkpoint.values[g.type].forward(g.pixels)[None] for g in images])
-    rows = pd.DataFrame(dict(patient=[str(n) for n in range(len(images))], type=[g.type for g in images],
-                             structures=','.join(STRUCTURES)))
+    rows = pd.DataFrame(dict(patient=patients, type=[g.type for g in images], structures=','.join(STRUCTURES)))
     return GridSlices(units.astype(np.float32), np.stack([g.labels for g in images]), rows)
 
 
@@ -69,19 +70,21 @@ def swept(checkpoint, cache, held, args):
     "Compare painted with asked values for each type and structure."
     spec, tissue, found = checkpoint.spec, checkpoint.tissue, []
     for image_type, structures in spec.types:
-        every = [cache.grid(int(i)) for i in cache.rows('test', image_type)]
+        rows = cache.usable.iloc[cache.rows('test', image_type)]
+        every = [(cache.grid(int(row.position)), row.patient) for row in rows.itertuples()]
         for n, structure in enumerate(structures):
             column = spec.first(image_type) + n
-            grids = [g for g in every if (g.labels == STRUCTURES.index(structure)).sum() >= 20]
-            if not tissue.known[column] or not grids: continue
-            grids = [grids[i % len(grids)] for i in range(args.images)]
+            fit = [pair for pair in every if (pair[0].labels == STRUCTURES.index(structure)).sum() >= LEAST]
+            if not tissue.known[column] or not fit: continue
+            grids, patients = zip(*(fit[i % len(fit)] for i in range(args.images)))
             extra = args.beyond * (tissue.high[column] - tissue.low[column])
             values = np.linspace(tissue.low[column] - extra, tissue.high[column] + extra, args.images)
             order = np.random.default_rng(args.seed).permutation(args.images)
             wishes = wishes_for(checkpoint, grids, column, values[order].clip(-1, 1), args.seed)
-            slices = as_slices(checkpoint, painted(checkpoint, grids, wishes, args.seed, held, args))
+            slices = as_slices(checkpoint, painted(checkpoint, list(grids), wishes, args.seed, held, args), patients)
             asked = pd.DataFrame([{f'asked_{structure}': w[structure]} for w in wishes], columns=ASKED)
             found.append(tissue_table(slices, asked, checkpoint.values, draws=500))
+    if not found: raise CMRError(f'{cache.folder}: no test slice of a type that the model knows values of')
     return pd.concat(found, ignore_index=True)
 
 
@@ -94,9 +97,10 @@ def row_of(r):
 
 def report(checkpoint, cache, args):
     "Paint, measure, and yield the parts of the report."
-    yield (f'# Asked for and painted: {cache.folder.name}\n{args.images} images for each structure, into masks of test '
-           f'patients, {args.steps} steps. What is asked for covers the training range and {args.beyond:.0%} of its '
-           'width more on both sides; errors are in the unit of the type.')
+    yield (f'# Asked for and painted: {cache.folder.name}\n{described(args.checkpoint)} {args.images} images for each '
+           f'structure, into masks of test patients, {args.steps} steps, seed {args.seed}. What is asked for covers '
+           f'the training range and {args.beyond:.0%} of its width more on both sides; errors are in the unit of the '
+           'type.')
     for held in args.held:
         lines = ['| structure | asked for | slope [95 %] | mean error | residual | correlation |', '|---' * 6 + '|']
         lines += [row_of(r) for r in swept(checkpoint, cache, held, args).itertuples()]
@@ -106,7 +110,8 @@ def report(checkpoint, cache, args):
 def picture(checkpoint, cache, args):
     "One label map with walls of six values; one synthetic heart in all its slices and types."
     rows = cache.usable.iloc[cache.rows('test')]
-    of_type = rows[rows.type == checkpoint.spec.types[0][0]]
+    of_type = rows[rows.type == 'T1']
+    if not len(of_type): raise CMRError(f'{cache.folder}: no test slice of type T1, which the picture shows')
     grids = {row.position: cache.grid(int(row.position)) for row in rows.itertuples()}
     first = max(of_type.position, key=lambda i: (grids[i].labels == MYOCARDIUM).sum())
     wishes = [{STRUCTURES[MYOCARDIUM]: value} for value in WALLS]
@@ -127,7 +132,7 @@ def picture(checkpoint, cache, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='folder of a checkpoint, or an MLflow run')
-    parser.add_argument('cache', help='cache of the real cohort')
+    parser.add_argument('cache', help='cache whose test masks are painted')
     parser.add_argument('--images', type=int, default=24, help='for each structure')
     parser.add_argument('--steps', type=int, default=20, help='of sampling')
     parser.add_argument('--beyond', type=float, default=.1, help='share of the training range, on both sides')

@@ -185,7 +185,7 @@ def cmr_sample(
     per_mask: Count = 1,  # images per mask
     values: str = 'draw',  # tissue values: draw, own (the mask's), none, or a text as "T1 myocardium=1150" (ms)
     deform: bool = False,  # deform the heart of each synthetic patient; with --per-mask 5, five different hearts
-    stacks: bool = False,  # the slices of a stack share the low frequencies of their noise
+    stacks: bool = True,  # the slices of a stack have noise of their own; without this they share its coarse part
     format: Format = 'dicom',  # nifti: volumes, too, in the folder nifti of OUT
     seed: Seed = 0,  # the same seed, the same images
     batch_size: Batch = 32,  # images painted at once

@@ -247,10 +247,11 @@ def test_values_go_with_the_size_of_a_structure():
 
 def test_sizes_are_areas_in_square_millimetres():
     images, classes = some_images()
-    sizes = sizes_of(classes, SPEC.channels, [2., 0., float('nan'), 1.])
+    sizes = sizes_of(classes, SPEC, [2., 0., float('nan'), 1.])
     pixels = (classes[0] == WALL).sum().item()
     assert sizes[0, WALL] == pytest.approx(np.log(4*pixels)) and np.isnan(sizes[:, 0]).all()
     assert np.isnan(sizes[1:3]).all() and np.isfinite(sizes[3]).any()
+    assert np.isnan(sizes[:, [SPEC.first('T1'), SPEC.first('T2')]]).all()  # the window cuts a background off
 
 
 # Asking

@@ -70,12 +70,14 @@ def measure_slices(
 # %% ../../nbs/21a_grid.tissue.ipynb #21ak000
 def sizes_of(
     classes: Tensor,  # (B, S, S) integer: class numbers
-    channels: int,  # of the condition
+    spec: ConditionSpec,  # of the class numbers
     spacing: Sequence[float],  # (B,) mm; 0 or nan: unknown
 ) -> np.ndarray:  # (B, channels): natural logarithm of the area in mm2; nan: too few pixels, or spacing unknown
-    "Measure the size of each structure in each slice."
-    counts = one_hot(classes, channels).sum((-2, -1))
+    "Measure the size of each structure in each slice; that of a background is nan, since the window cuts it off."
+    counts = one_hot(classes, spec.channels).sum((-2, -1))
     counts = counts.masked_fill(~_enough(counts), math.nan).double().numpy()
+    for name, structures in spec.types:
+        if 'background' in structures: counts[:, spec.first(name) + structures.index('background')] = np.nan
     mm = np.asarray(spacing, float)[:, None]
     return np.log(counts * np.where(mm > 0, mm, np.nan)**2)
 
@@ -177,7 +179,8 @@ def fit(
     "Fit a random-effects model to the values of the slices of some patients; both covariances are shrunk."
     values = np.asarray(values, float)
     if values.shape != (expected := (len(patients), len(names))):
-        raise CMRError(f'values of shape {values.shape}: expected {expected}, one row per slice, one column per channel')
+        raise CMRError(f'values of shape {values.shape}: expected {expected}, one row per slice and one column per '
+                       'channel')
     known, some = np.isfinite(values).any(0), np.isfinite(values).any(1)
     mean, size, slope, between, within = (np.zeros((len(names),) * d) for d in (1, 1, 1, 2, 2))
     if known.any():

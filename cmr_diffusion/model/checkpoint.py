@@ -134,8 +134,8 @@ class CheckpointSettings:
             if self.values[name].type != name: raise CMRError(f'values.{name} are of another type; {AGAIN}')
         if self.model.values != (self.tissue is not None):
             raise CMRError(f'tissue and model.values say different things; {AGAIN}')
-        if self.tissue is not None and len(self.tissue.names) > channels:
-            raise CMRError(f'tissue has {len(self.tissue.names)} channels, spec has {channels}; {AGAIN}')
+        if self.tissue is not None and list(self.tissue.names) != ConditionSpec(self.spec).names:
+            raise CMRError(f'tissue has channels {", ".join(self.tissue.names)}, which are not those of spec; {AGAIN}')
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n036
 _LIMITS = dict(

@@ -45,8 +45,8 @@ def _since_format_2(read: dict) -> dict:
 def _since_format_3(read: dict) -> dict:
     "The content of a config.json of format 3, with what it lacks: tissue values do not depend on sizes there."
     tissue = read.get('tissue')
-    if not isinstance(tissue, dict): return read
-    zeros = [0.] * len(tissue.get('mean', ()))
+    if not isinstance(tissue, dict) or not isinstance(tissue.get('mean'), list): return read
+    zeros = [0.] * len(tissue['mean'])
     return read | dict(tissue=dict(size=zeros, slope=zeros) | tissue)
 
 # %% ../../nbs/35b_model.older_formats.ipynb #35bn009

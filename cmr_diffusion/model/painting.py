@@ -181,7 +181,8 @@ def paint(
             slices of a stack may.
         held_above: the mean of a structure is held at its value while the noise hides it: while sigma / sqrt(pixels) is
             more than `held_above` times the spread of such means among the training slices. 0: to the end, so that the
-            mean is exact; a large number such as 1000: never, so that the network alone follows the values.
+            mean is exact; a large number such as 100000: never, so that the network alone follows the values. The mean
+            of a structure that no training slice has is held to the end, with any guidance.
 
     Returns:
         B slices, `pixels` (S, S) float32 in the unit of the type: ms for T1 and T2, robust maxima for others.

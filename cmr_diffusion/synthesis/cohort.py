@@ -147,7 +147,7 @@ def synthesize(
     compile: bool = False,  # compile the network: minutes at the start, for faster steps on a GPU
     values: str = 'draw',  # tissue values: 'draw', 'own', 'none', or a text such as 'T1 myocardium=1150'
     deform: bool = False,  # deform the heart of each synthetic patient
-    stacks: bool = False,  # the slices of a stack share the low frequencies of their noise
+    stacks: bool = True,  # the slices of a stack share the low frequencies of their noise
     format: str = 'dicom',  # 'nifti': volumes beside the DICOM files
 ) -> Path:  # the folder: a cohort in the Semmelweis layout, with splits.csv, synthesis.json and manifest.parquet
     """Paint images into label maps, and write them as a cohort.
@@ -181,7 +181,8 @@ def synthesize(
             mask's own image; 'none' asks for nothing; a text such as 'T1 myocardium=1150, T1 left_ventricle=1500-1700'
             asks for these, in the unit of the type, and draws the others. Without effect for a model that takes none.
         deform: deform the heart of each synthetic patient, so that several images per mask are several hearts.
-        stacks: let the slices of a patient and type share the low frequencies of the noise that they are made from.
+        stacks: let the slices of a patient and type share the low frequencies of the noise that they are made from, so
+            that what lies around the heart resembles itself from slice to slice, as it does in real stacks.
         format: 'nifti' writes NIfTI volumes beside the DICOM files, in the folder `nifti` of the cohort.
 
     Returns:

@@ -70,7 +70,7 @@ def of(self: AskedValues,
     values, channels = np.full(self.spec.channels, np.nan), self.spec.channels
     classes = torch.from_numpy(self.spec.encode(wanted.labels, wanted.type))[None]
     if self.text != 'own':
-        sizes = sizes_of(classes, channels, [wanted.mean_spacing])[0]
+        sizes = sizes_of(classes, self.spec, [wanted.mean_spacing])[0]
         values = self.model.draw_patient(np.random.default_rng(of_patient), self.wishes)
         values = self.model.draw_slice(np.random.default_rng(of_slice), values, self.wishes, sizes)
     elif given.type == wanted.type: values = _measured(given, self.spec, self.transforms)

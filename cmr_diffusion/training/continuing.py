@@ -31,7 +31,7 @@ from ..stores import run_folder, runs_folder, tracking_uri
 from ..tracking import log_config, open_run, run_address
 from .callbacks import objective_of
 from .config import TrainConfig
-from .model import SDMLearner
+from .model import SDMLearner, tissue_model
 from .resume import newest_point, points_in, RESUME, ResumePoint, TrainingFacts
 from ..validation import validated, WrongValue
 
@@ -237,7 +237,8 @@ def adopt(
     recipe = make_denoiser(model=objective.network, precision=facts.precision, **facts.recipe).recipe
     objective.denoise.recipe = objective.average.recipe = recipe
     learn.dls.spec, learn.dls.values = ConditionSpec(facts.spec), values
-    learn.checkpoint = replace(learn.checkpoint, spec=learn.dls.spec, values=values)
+    tissue = None if learn.checkpoint.tissue is None else tissue_model(learn.dls)  # in these channels and units
+    learn.checkpoint = replace(learn.checkpoint, spec=learn.dls.spec, values=values, tissue=tissue)
     return learn
 
 # %% ../../nbs/40g_training.continuing.ipynb #40gn067

@@ -116,18 +116,21 @@ def with_channels(
 # %% ../../nbs/40d_training.model.ipynb #40dk001
 def tissue_model(
     dls: GridLoaders,  # whose training slices are measured
-    slices: int = 1024,  # how many of them at most, evenly spread
+    slices: int = 1024,  # about how many of them at most, of patients that are evenly spread
 ) -> TissueModel:
     "Fit the distribution of the tissue values of the training patients."
-    positions = evenly(dls.train_ds.positions, slices)
+    positions, every = dls.train_ds.positions, dls.cache.usable.patient.to_numpy()
+    names = np.unique(every[positions])
+    if len(positions) > slices:  # whole patients, so that none of them lacks a type
+        chosen = evenly(names, max(1, len(names) * slices // len(positions)))
+        positions = positions[np.isin(every[positions], chosen)]
     measured, sizes = [], []
     for some in chunked(positions, 64):
         *arrays, spacing = zip(*(dls.train_ds.sample(int(i)) for i in some))
         images, classes = (torch.from_numpy(np.stack(each)) for each in arrays)
         measured.append(measure(images, classes, dls.spec, dls.values).numpy())
-        sizes.append(sizes_of(classes, dls.spec.channels, spacing))
-    patients = dls.cache.usable.patient.to_numpy()[positions]
-    return TissueModel.fit(np.concatenate(measured), patients, tuple(dls.spec.names), np.concatenate(sizes))
+        sizes.append(sizes_of(classes, dls.spec, spacing))
+    return TissueModel.fit(np.concatenate(measured), every[positions], tuple(dls.spec.names), np.concatenate(sizes))
 
 # %% ../../nbs/40d_training.model.ipynb #40dk003
 def standardize_values(
