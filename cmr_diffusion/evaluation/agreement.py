@@ -7,7 +7,7 @@ __all__ = ['MARGIN', 'MISSED_MARGIN', 'TYPE_MARGIN', 'mean_interval', 'differenc
            'encoder_features', 'type_classifier', 'type_table', 'surface_chart', 'agreement_lines', 'agreement',
            'image_types']
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn002
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn037
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +29,7 @@ from .surfaces import SURFACE_MEASURES, surface_rows
 from ..figures import Picture
 from ..grid.geometry import Geometry
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn005
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn040
 def mean_interval(
     values: pd.Series,  # (patients,) one number per patient; nan is left out
     draws: int = 1000,  # of the bootstrap
@@ -56,7 +56,7 @@ def difference_interval(
     low, high = np.percentile(drawn[0] - drawn[1], (2.5, 97.5))
     return float(known[0].mean() - known[1].mean()), float(low), float(high)
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn009
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn044
 MARGIN = .75  # mm, by which the 95th percentile may be larger than that of real images: half a pixel of 1.5 mm
 MISSED_MARGIN = .05  # by which the share of slices without the structure may be larger than that of real images
 
@@ -77,7 +77,7 @@ def read_surfaces(
              for name, (read, slices) in parts.items() if len(slices)]
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn011
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn046
 def _by_patient(rows, measure):
     "Average a number over the volumes of each patient; the names of the patients are the index."
     return rows.groupby('patient')[measure].mean()
@@ -112,7 +112,7 @@ def _against_real(own, real, paired, seed):
     if _missed_share(own) - _missed_share(real) > MISSED_MARGIN: judged = 'beyond'
     return found | _floor(values[1], seed) | dict(verdict=judged)
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn012
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn047
 _JUDGED = ['difference', 'difference_low', 'difference_high', 'floor', 'floor_high']
 _NOT_JUDGED = dict.fromkeys(_JUDGED, np.nan) | dict(verdict='')
 
@@ -133,7 +133,7 @@ def agreement_table(
         table.append(one | (_against_real(own, real, paired, seed) if images == 'synthetic' and len(real) else {}))
     return pd.DataFrame(table)
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn020
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn055
 TYPE_MARGIN = .02  # by which the accuracy may be below that of real images: as much as Dice may
 
 def encoder_features(
@@ -158,7 +158,7 @@ def type_classifier(
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight='balanced'))
     return classifier.fit(encoder_features(model, known.images), known.rows.type.to_numpy(str))
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn021
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn056
 def _hits(classifier, model, slices, image_type):
     "Compute the share of slices of a type that are taken for that type, by patient."
     own = slices.of(image_type=image_type)
@@ -189,7 +189,7 @@ def type_table(
         table.append(one | dict(verdict=verdict(min(low, 0), min(high, 0), TYPE_MARGIN)))  # better is no fault
     return pd.DataFrame(table)
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn026
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn061
 def surface_chart(
     table: pd.DataFrame,  # type, structure, surface_95 with its interval, surface_median, and the column `by`
     by: str,  # the column that says which images or networks a row is about
@@ -204,13 +204,13 @@ def surface_chart(
         own, at = groups.merge(table[table[by] == name], how='left'), y - .75 * ((k + .5) / len(shown) - .5)
         ax.hlines(at, own.surface_95_low, own.surface_95_high, color=colours[name], lw=2)
         ax.plot(own.surface_95, at, 'o', color=colours[name], label=name)
-        ax.plot(own.surface_median, at, 'o', color=colours[name], mfc='white', ms=5)
+        ax.plot(own.surface_median, at, 'o', color=colours[name], mfc='white', ms=5, clip_on=False, zorder=3)
     ax.set_yticks(y, row_names(groups))
     ax.set(xlabel='95th percentile (ring: median) of the surface distance, mm', xlim=(0, None))
     fig.legend(loc='outside right center', frameon=False)
     return fig
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn028
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn063
 def agreement_lines(
     table: pd.DataFrame,  # as from `agreement_table`
 ) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ def agreement(
     main = ('surface_95', 'surface_median', 'missed_share')
     return Part(table, note, 'images', main, agreement_lines(table), surface_chart(table, 'images'))
 
-# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn031
+# %% ../../nbs/63d_evaluation.agreement.ipynb #63dn066
 def image_types(
     real: GridSlices,  # the real slices of all splits
     synthetic: GridSlices,  # on the same grid; each of the split of its mask
