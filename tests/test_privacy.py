@@ -9,7 +9,7 @@ import torch
 
 from cmr_diffusion.cohort.phantom import phantom_slices
 from cmr_diffusion.core import CMRError, GridSlices, STRUCTURES
-from cmr_diffusion.evaluation.copies import all_distances, copies, copy_table, planted_copies
+from cmr_diffusion.evaluation.copies import all_distances, copies, copy_table
 from cmr_diffusion.evaluation.membership import membership
 from cmr_diffusion.evaluation.neighbours import FLIPS, pixel_neighbours
 from cmr_diffusion.evaluation.privacy import check_privacy, privacy, privacy_summary
@@ -122,7 +122,7 @@ def test_planted_copies_are_found(real, noise, least, flip, move):
 def test_share_of_copies_is_counted(real, fresh):
     training = real.of('train')
     for n in (1, 6):
-        some = fresh[n:] + training[:n]  # exact copies; how many moved and noisy ones are caught is in the column caught
+        some = fresh[n:] + training[:n]  # exact copies; of moved and noisy ones, not all are caught
         row = copy_table(all_distances(some, real)).iloc[0]
         assert row.flagged == n and row.images == len(fresh), row
         assert row.copies_low <= row.copies <= row.copies_high
