@@ -1,5 +1,5 @@
 """Encoders with weights from files: they are the networks that they say, and nothing is downloaded or guessed."""
-import pickle
+import importlib.util, pickle
 import socket
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,11 @@ def test_a_folder_of_weights(tmp_path):
     with pytest.raises(CMRError, match='no_such_network'): find_encoders(None, tmp_path, 'cpu')
 
 
-@pytest.mark.parametrize('make', [inception_encoder, partial(timm_encoder, NAME)])
+has_fidelity = importlib.util.find_spec('torch_fidelity') is not None
+needs_fidelity = pytest.mark.skipif(not has_fidelity, reason='torch-fidelity (extra bench) is not installed')
+
+
+@pytest.mark.parametrize('make', [pytest.param(inception_encoder, marks=needs_fidelity), partial(timm_encoder, NAME)])
 def test_a_file_that_runs_code_is_refused(tmp_path, make, capsys):
     for write in (lambda p: p.write_bytes(pickle.dumps(Code())), lambda p: torch.save(Code(), p)):
         write(tmp_path/INCEPTION)
