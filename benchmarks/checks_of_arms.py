@@ -272,7 +272,7 @@ def check_values(cache):
     drawn, again = (measures.values_for(checkpoint, masks, 'drawn') for _ in range(2))
     assert drawn == again and [set(d) for d in drawn] == [set(o) for o in own]  # of the structures that are there
     column = checkpoint.spec.first(rows.type[0]) + 1
-    all_values = measures.drawn_values(checkpoint, rows)
+    all_values = measures.drawn_values(checkpoint, masks)
     drawn_means = pd.DataFrame(dict(patient=rows.patient, mean=all_values[:, column]))
     assert drawn_means.groupby('patient')['mean'].mean().std() > 0 and measures.intraclass_correlation(drawn_means) > 0
     assert measures.values_for(checkpoint, masks, 'none') is None

@@ -24,7 +24,7 @@ from cmr_diffusion.model.sdm import SDM, sdm_config
 
 GEOMETRY, TRANSFORM = Geometry(32, 4.5, 'heart'), ValueTransform('T1', 2000., 4095.)
 SPEC = ConditionSpec((('T1', STRUCTURES),))
-PATIENTS, STEPS, BATCH = 7, 400, 7  # patients of the training, with three slices each; steps and images per step
+PATIENTS, STEPS, BATCH = 7, 1500, 7  # patients of the training, with three slices each; steps and images per step
 
 
 def placed(patients): return [place(s, GEOMETRY) for s in phantom_slices(patients, types=('T1',), workers=1)]
@@ -40,7 +40,7 @@ def arrays(grids, train=()):
 
 def new_checkpoint():
     torch.manual_seed(0)
-    model = SDM(sdm_config('tiny', label_channels=SPEC.channels, multipliers=(1,), hidden=16, size=32))
+    model = SDM(sdm_config('tiny', label_channels=SPEC.channels, hidden=16, size=32))
     recipe = EDMRecipe(sigma_data=.4, p_mean=-.8, p_std=1.2)
     return Checkpoint(EDMDenoiser(model, recipe), SPEC, {'T1': TRANSFORM}, GEOMETRY)
 
