@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'MISSED_MARGIN', 'TYPE_MARGIN', 'mean_interval', 'difference_interval', 'read_surfaces', 'agreement_table',
-           'encoder_features', 'type_classifier', 'type_table', 'surface_chart', 'agreement_lines', 'agreement',
-           'image_types']
+           'type_classifier', 'type_table', 'surface_chart', 'agreement_lines', 'agreement', 'image_types']
 
 # %% ../../nbs/63d_evaluation.agreement.ipynb #63dn037
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, Pipeline
@@ -21,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from ..core import GridSlices
 from .adherence import derangement
 from .edges import grid_spacing
+from .features import features, segmentation_encoder
 from .fidelity import resampled, source_patients
 from .floors import halves, verdict
 from .overlap import DICE_COLOURS, first_split, pair_chart, Part, row_names
@@ -136,34 +135,20 @@ def agreement_table(
 # %% ../../nbs/63d_evaluation.agreement.ipynb #63dn055
 TYPE_MARGIN = .02  # by which the accuracy may be below that of real images: as much as Dice may
 
-def encoder_features(
-    model: Segmenter,  # trained
-    images: np.ndarray,  # (N, 1, S, S) network units
-    batch_size: int = 64,  # images at once
-) -> np.ndarray:  # (N, features) float32
-    "Compute the mean and the standard deviation over the image of the features at the end of the encoder."
-    device, parts = next(model.parameters()).device, []
-    with torch.inference_mode():
-        for x in torch.tensor(images).split(batch_size):
-            pad = (0, -x.shape[-1] % model.stride, 0, -x.shape[-2] % model.stride)
-            deepest = model.net.encoder(torch.nn.functional.pad(x.to(device), pad, mode='replicate'))[-1].flatten(2)
-            parts.append(torch.cat([deepest.mean(2), deepest.std(2, correction=0)], 1).cpu())
-    return torch.cat(parts).float().numpy()
-
 def type_classifier(
     model: Segmenter,  # trained on real training slices
     known: GridSlices,  # these slices, of two or more image types
-) -> Pipeline:  # its `predict` takes `encoder_features` and gives names of image types
+) -> Pipeline:  # its `predict` takes features of `segmentation_encoder` and gives names of image types
     "Train a classifier of image types."
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight='balanced'))
-    return classifier.fit(encoder_features(model, known.images), known.rows.type.to_numpy(str))
+    return classifier.fit(features(segmentation_encoder(model), known.images), known.rows.type.to_numpy(str))
 
 # %% ../../nbs/63d_evaluation.agreement.ipynb #63dn056
 def _hits(classifier, model, slices, image_type):
     "Compute the share of slices of a type that are taken for that type, by patient."
     own = slices.of(image_type=image_type)
     if not len(own): return own, pd.Series(dtype=float)
-    right = classifier.predict(encoder_features(model, own.images)) == image_type
+    right = classifier.predict(features(segmentation_encoder(model), own.images)) == image_type
     return own, pd.Series(right, dtype=float).groupby(own.rows.patient.to_numpy()).mean()
 
 def type_table(

@@ -18,8 +18,8 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from ..core import CMRError, GridSlices, PADDING
 from .features import Encoder, features
-from .fidelity import of_one_split, source_patients
-from .floors import half_samples, LEAST_PATIENTS, Samples, summarised, verdict
+from .fidelity import source_patients
+from .floors import compared_with_floor, half_samples, Samples, summarised, verdict
 from .overlap import Part
 from ..figures import Picture
 
@@ -196,12 +196,10 @@ def distances(
     seed: int = 0,  # of the splits
 ) -> Part:  # its table is that of `distance_table`
     "Compare the features of images of one split."
-    compared = of_one_split(real, synthetic)
+    compared = compared_with_floor(real, synthetic)
     if isinstance(compared, str): return Part(None, compared)
     r, f, split = compared
     if not encoders: return Part(None, f'not assessed: there is no encoder ({missing})')
-    if (n := r.rows.patient.nunique()) < LEAST_PATIENTS:
-        return Part(None, f'not assessed: a floor needs {LEAST_PATIENTS} or more real {split} patients, there are {n}')
     table = distance_table(r, f, encoders, seed=seed)
     if not len(table): return Part(None, 'not assessed: real and synthetic slices have no image type in common')
     note = f'features of {len(f)} synthetic and {len(r)} real slices of {split} patients; halves by patient, floor ' \

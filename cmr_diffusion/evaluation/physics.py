@@ -18,8 +18,8 @@ from scipy.stats import wasserstein_distance
 
 from ..core import BACKGROUND, GridSlices, LEFT_VENTRICLE, MYOCARDIUM, PADDING, RIGHT_VENTRICLE, STRUCTURES
 from .edges import grid_spacing
-from .fidelity import of_one_split, source_patients
-from .floors import half_samples, LEAST_PATIENTS, Samples, SPLITS, summarised, verdict
+from .fidelity import source_patients
+from .floors import compared_with_floor, half_samples, Samples, SPLITS, summarised, verdict
 from .overlap import Part, structures_of
 from ..figures import Picture
 from ..grid.geometry import Geometry
@@ -282,11 +282,9 @@ def physics(
     seed: int = 0,  # of the splits and the noise
 ) -> Part:  # its table is that of `physics_table`
     "Compare values, contrast, noise and spectrum of one split."
-    compared = of_one_split(real, synthetic)
+    compared = compared_with_floor(real, synthetic)
     if isinstance(compared, str): return Part(None, compared)
     r, f, split = compared
-    if (n := r.rows.patient.nunique()) < LEAST_PATIENTS:
-        return Part(None, f'not assessed: a floor needs {LEAST_PATIENTS} or more real {split} patients, there are {n}')
     table = physics_table(r, f, transforms, geometry, seed=seed)
     if not len(table): return Part(None, 'not assessed: real and synthetic slices have no measure in common')
     how = 'the same patients' if table.paired.all() else 'patients that differ'

@@ -16,8 +16,8 @@ from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
 from ..core import BACKGROUND, CMRError, GridSlices, PADDING
 from .distances import blurred, compared_features, distance_chart, distance_lines
-from .fidelity import of_one_split, source_patients
-from .floors import LEAST_PATIENTS, SPLITS
+from .fidelity import source_patients
+from .floors import compared_with_floor, SPLITS
 from .overlap import Part
 
 # %% ../../nbs/62g_evaluation.textures.ipynb #62gn02
@@ -131,11 +131,9 @@ def textures(
     seed: int = 0,  # of the splits
 ) -> Part:  # its table is that of `texture_table`
     "Compare the textures of hearts of one split."
-    compared = of_one_split(real, synthetic)
+    compared = compared_with_floor(real, synthetic)
     if isinstance(compared, str): return Part(None, compared)
     r, f, split = compared
-    if (n := r.rows.patient.nunique()) < LEAST_PATIENTS:
-        return Part(None, f'not assessed: a floor needs {LEAST_PATIENTS} or more real {split} patients, there are {n}')
     table = texture_table(r, f, transforms, seed=seed)
     if not len(table):
         return Part(None, f'not assessed: it takes {2 * LEAST_SLICES} or more slices with a heart in both cohorts')
