@@ -226,7 +226,7 @@ def image_grid(
 
 # %% ../nbs/01_figures.ipynb #050022
 def comparison(
-    items: Sequence[tuple],  # (label map, real, synthetic) or (label map, real, synthetic, name); `real` may be None
+    items: Sequence[tuple],  # (label map, real or None, synthetic) and perhaps a name
     image_type: str | None = None,  # of bare arrays
     cell: float = 1.5  # width of an image, inches
 ) -> Figure:
@@ -237,4 +237,7 @@ def comparison(
         real, synthetic = _with_type(real, image_type), _with_type(synthetic, image_type)
         rows.append([(None, label_map), real, synthetic, (synthetic, label_map)])
         names.append(name[0] if name else '')
-    return image_grid(rows, ('label map', 'real', 'synthetic', 'outlines'), names, cell)
+    columns = 'label map', 'real', 'synthetic', 'outlines'
+    if all(item[1] is None for item in items):
+        rows, columns = [[row[0], *row[2:]] for row in rows], (columns[0], *columns[2:])
+    return image_grid(rows, columns, names, cell)

@@ -31,6 +31,7 @@ class Kind:
     says: str = ''  # key that the JSON in `known_by` must have; '': any content
     holds: dict[str, str] = field(default_factory=dict)  # folder in it -> kind of result that is replaced with it
     kept: tuple[str, ...] = ()  # patterns of files that other commands add; they move into the result that replaces it
+    completed: tuple[str, ...] = ()  # files that other commands complete: they may change, and stay ours
     edited: bool = True  # whether people change its files, so that changed ones are theirs
     shared: bool = False  # whether its folder may hold other files, too
     carried: bool = False  # whether files of others move into the result that replaces it, instead of being refused
@@ -43,12 +44,13 @@ KINDS = dict(
                kept=('segmentation/*.safetensors',), edited=False),
     checkpoint=Kind('a checkpoint', 'config.json', ('config.json', 'model.safetensors'), says='recipe', edited=False,
                     carried=True),  # a training must not end because somebody put a note beside its weights
-    cohort=Kind('a cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation')),
+    cohort=Kind('a cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation'), completed=('synthesis.json',)),
     phantom=Kind('a phantom cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation')),
     resume=Kind('a resume point', 'state.json', ('state.json', 'state.safetensors'), says='facts', edited=False,
                 carried=True),
     evaluation=Kind('an evaluation', 'report.json',
-                    ('report.csv', 'report.json', 'report.txt', 'comparison.png', 'charts/*.png')),
+                    ('report.csv', 'report.json', 'report.txt', 'report.html', 'comparison.png', 'charts/*.png',
+                     'pictures/*.png')),
     findings=Kind('findings', 'findings.html', ('findings.csv', 'findings.html'), shared=True))
 
 # %% ../nbs/00d_marks.ipynb #00cn019
@@ -144,6 +146,7 @@ def contents(
         elif listed is None: (found.ours if _matches(name, about.files) else found.foreign).append(name)
         elif name not in listed and not (name.endswith('/') and any(n.startswith(name) for n in listed)):
             found.foreign.append(name)
+        elif name in about.completed: found.ours.append(name)
         elif about.edited and _is_changed(folder, name, stated, listed.get(name, []), marked):
             found.changed.append(name)
         else: found.ours.append(name)

@@ -91,9 +91,9 @@ def arm_name(
     name: str,  # of the arm, as from `arm_sets`
     percent: float,  # of the patients
     augmented: bool,  # whether classical augmentation is on
-) -> str:  # such as 'real + synthetic, augmented, 10 %'
+) -> str:  # such as 'real, not augmented, 10 %'
     "Name an arm as tables do."
-    return f'{name}{", augmented" if augmented else ""}, {percent:g} %'
+    return f'{name}{"" if augmented else ", not augmented"}, {percent:g} %'
 
 # %% ../../nbs/64e_evaluation.arms.ipynb #64en054
 def read_arm(
@@ -116,7 +116,7 @@ def arms(
     geometry: Geometry,  # of the grid
     config: SegConfig = SegConfig(),  # of every network, with the augmentation that is switched on
     seeds: Iterable[int] = (0, 1, 2),  # of the networks
-    augmented: Iterable[bool] = (False, True),  # whether classical augmentation is on
+    plain: bool = True,  # whether networks are also trained on the real images without augmentation
     folder: Path | str | None = None,  # keeps the networks; None: they are not kept
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
     seed: int = 0,  # of the order of the patients
@@ -127,7 +127,9 @@ def arms(
     sets = {percent: arm_sets(real, fraction_patients(known, percent, seed), cohorts, percent)
             for percent, cohorts in painted.items()}  # all of them, so that a wrong one is refused before any training
     spacings = grid_spacing(test.rows, geometry)
-    for percent, images, on in [(p, images, on) for p in sets for images in sets[p] for on in augmented]:
+    trained = [(p, images, True) for p in sets for images in sets[p]]
+    if plain and without_augmentation(config) != config: trained += [(p, 'real', False) for p in sets]
+    for percent, images, on in trained:
         slices, own = sets[percent][images], config if on else without_augmentation(config)
         name = arm_name(images, percent, on)
         read = read_arm(slices, test, own, seeds, folder, device, f'U-Net on {name}')
@@ -141,13 +143,13 @@ def arm_parts(
     seed: int = 0,  # of the bootstrap
 ) -> dict[str, Part]:  # readings, comparisons, tissue readings
     "Make the parts of the evaluation that tell what the arms are worth."
-    found = [comparisons(own, arm_name('real', percent, on), seed)
-             for (percent, on), own in rows.groupby(['percent', 'augmented'], sort=False)]
+    found = [comparisons(own, arm_name('real', percent, True), seed)
+             for percent, own in rows.groupby('percent', sort=False)]
     made = [part for part in found if part.table is not None]
     together = found[0]
     if made:
         lines = tuple(line for part in made for line in (f'  {part.note}', *part.lines))
-        note = 'arms against real images of the same fraction of the patients, with the same augmentation'
+        note = 'arms against augmented real images of the same fraction of the patients'
         table = pd.concat([part.table for part in made], ignore_index=True)
         together = Part(table, note, made[0].by, made[0].main, lines)
     return {'readings': readings(rows, seed), 'comparisons': together, 'tissue readings': tissue_readings(rows)}

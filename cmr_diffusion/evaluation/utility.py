@@ -48,7 +48,7 @@ def utility_table(
     test: GridSlices,  # real slices of the test split
     config: SegConfig = SegConfig(),  # of every network
     real_model: Segmenter | None = None,  # trained on the real slices with this configuration, if there is one already
-    folder: Path | str | None = None,  # keeps the networks trained on real data; None: they are not kept
+    folder: Path | str | None = None,  # keeps the networks; None: they are not kept
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
 ) -> pd.DataFrame:  # trained_on, train_slices, then the columns of `dice_table`
     "Compute the Dice on real test images of networks that are trained on different sets."
@@ -58,8 +58,7 @@ def utility_table(
     for name, slices in sets.items():
         model = real_model if name == 'real' else None
         if model is None:
-            kept_in = None if name == 'synthetic' else folder
-            model = cached_segmentation(kept_in, slices, config, device, f'U-Net on {name} images')
+            model = cached_segmentation(folder, slices, config, device, f'U-Net on {name} images')
         read = segment(model, test.images)
         parts.append(dice_table(read, test).assign(trained_on=name, train_slices=len(slices)))
     table = pd.concat(parts, ignore_index=True)
@@ -72,7 +71,7 @@ def utility(
     config: SegConfig = SegConfig(),  # of every network
     real_model: Segmenter | None = None,  # trained on the real training slices with this configuration
     grey: bool = True,  # whether the lower control is trained, too
-    folder: Path | str | None = None,  # keeps the networks trained on real data; None: they are not kept
+    folder: Path | str | None = None,  # keeps the networks; None: they are not kept
     device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU where there is one
 ) -> Part:  # its table is that of `utility_table`
     "Train on real and on synthetic images, and test on real test patients."

@@ -31,7 +31,7 @@ from .config import (
 from .continuing import (
     adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, log_settings, only_here,
     out_of_memory, point_to_resume, resume_folder, tell_start, weights_of, writing_folder)
-from .model import SDMLearner, new_denoiser, standardize_values, start_from, tissue_model
+from .model import SDMLearner, new_denoiser, standardize_values, start_from, tissue_model, trained_on
 from ..processes import check_dealt, is_lost, is_main, several, world_size
 from .resume import learn_again, newest_point, points_in, ResumePoint
 from .stopping import resume_line, ResumeWriter, stop_signals, StopFlag
@@ -126,7 +126,7 @@ def sdm_learner(
         splitter=network_parameters, metrics=metrics, path=path or writing_folder(), wd=weight_decay, train_bn=False,
         cbs=[StreamPosition(), Noising(seed), ConditionDropout(drop, seed, drop_values), EMACallback(ema),
              GradientClip(clip), DivergenceGuard(), *cbs])
-    info = dict(precision=denoise.precision)
+    info = dict(precision=denoise.precision, trained_on=trained_on(dls))
     learn.checkpoint = Checkpoint(objective.average, dls.spec, dls.values, dls.geometry, info, of_patients)
     if not len(dls.valid): logger.warning('%s: no validation slices, so no validation loss', dls.cache.folder)
     return learn
