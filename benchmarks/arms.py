@@ -1,6 +1,7 @@
 """Which recipe paints best? One arm per change, trained, painted and measured alike; the table fills row by row.
 
     python benchmarks/arms.py CACHE WORK [--only NAME ...] [--threads 1] [--utility] [--cache96 CACHE]
+                              [--spacings CACHE]
     python benchmarks/arms.py --check           # proves on a toy that every trick does what it says
     python benchmarks/arms.py CACHE WORK --table    # only writes WORK/arms.md again;  --list: names the arms
 
@@ -9,7 +10,9 @@ stopped at any time: finished arms are not run again, and a training goes on at 
 may work in one WORK; each takes arms that no other has. Names may hold wildcards: --only 'tissue*' 'batch 32'.
 
 Each arm paints into the same training masks (20 steps of DPM-Solver++ unless it says otherwise, the position in the
-cache as seed) and into the same test masks. Nothing is estimated: what was not run says so."""
+cache as seed) and into the same test masks; what takes very long paints into fewer, and is compared with an arm of
+these. The last table compares the adherence of each arm with that of its reference, patient by patient. Nothing is
+estimated: what was not run says so."""
 import argparse, fnmatch, os, re, shutil, subprocess, traceback
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -53,7 +56,8 @@ class Arm:
     tricks: tuple[str, ...] = ()  # of the training, keys of TRICKS
     of: str = ''  # the arm whose training is used; '': its own
     how: dict = field(default_factory=dict)  # what differs from PLAIN in painting
-    cache: str = ''  # '96': the cache of --cache96
+    cache: str = ''  # '96': the cache of --cache96; 'spacings': that of --spacings
+    against: str = ''  # the arm that its adherence is compared with; '': the one whose training is used, if any
 
     @property
     def slug(self): return re.sub(r'[^A-Za-z0-9.]+', '_', self.name).strip('_')
@@ -66,8 +70,12 @@ class Arm:
 
     def painting(self):
         "Settings of painting."
-        how = PLAIN | ({} if self.config().tissue_values else dict(values='none')) | self.how | TRIAL.get('how', {})
+        takes_values = BY_NAME.get(self.of, self).config().tissue_values
+        how = PLAIN | ({} if takes_values else dict(values='none')) | self.how | TRIAL.get('how', {})
         return {k: v for k, v in how.items() if k != 'held' or how['values'] != 'none'}  # nothing is held then
+
+    @property
+    def reference(self): return self.against or self.of * ('masks' not in self.how)  # of the same masks
 
     def settings(self):
         "What makes the figures of an arm: they are only measured anew where this has changed."
@@ -80,7 +88,19 @@ def without_values(p_mean, p_std, **changes):
     return dict(p_mean=p_mean, p_std=p_std, tissue_values=False) | changes
 
 
-def sampled(name, what, of='tissue values', **how): return Arm(name, what, of=of, how=how)
+SIZES = 8.48, 3.20  # million parameters of `small` on cine MR: with SPADE, with the map beside the image
+PAPER = dict(recipe='paper', tissue_values=False)
+SOME, FEW = (60, 151), (8, 32)  # training and test masks: of arms of sampling; of those that take very long
+
+
+def sampled(name, what, against='20 steps', of='3000 steps', masks=SOME, **how):
+    "An arm that paints with the training of another one, that of 3,000 steps unless it says so."
+    return Arm(name, what, of=of, against=against, how=dict(masks=masks) | how)
+
+
+def sampled_early(name, what, **how):
+    "An arm that paints with the training of 1,000 steps."
+    return Arm(name, what, of='tissue values', how=how)
 
 
 TOLD = dict(own='asked for the values of the image that the mask is of', none='not asked for any value',
@@ -88,26 +108,52 @@ TOLD = dict(own='asked for the values of the image that the mask is of', none='n
 ARMS = [
     Arm('baseline', 'as it was: not centred, P_mean -1.2, P_std 1.2', without_values(-1.2, 1.2, centred=False)),
     Arm('centred -0.8/1.6', 'one centre per image type, noise levels of EDM2', without_values(-.8, 1.6)),
-    Arm('centred -0.4/1.4', 'one centre per image type, higher levels', without_values(-.4, 1.4)),
+    Arm('centred -0.4/1.4', 'one centre per image type, higher levels', without_values(-.4, 1.4),
+        against='tissue values'),
     Arm('centred 0/1.6', 'one centre per image type, the highest levels', without_values(0., 1.6)),
     Arm('tissue values', 'the best of them with tissue values: drawn, told to the network and held', {}),
-    *(sampled(f'values, {way}', what, values=way) for way, what in TOLD.items()),
-    sampled('values, not held', 'drawn values are told to the network, but not held', held=1000.),
-    sampled('values, h = .3', 'drawn values are held for a shorter time: `held_above` of .3', held=.3),
-    sampled('values, h = 0', 'drawn values are held to the end', held=0.),
-    sampled('40 steps', '40 steps of DPM-Solver++ instead of 20', steps=40),
+    *(sampled_early(f'values, {way}', what, values=way) for way, what in TOLD.items()),
+    sampled_early('values, not held', 'drawn values are told to the network, but not held', held=1000.),
+    sampled_early('values, h = .3', 'drawn values are held for a shorter time: `held_above` of .3', held=.3),
+    sampled_early('values, h = 0', 'drawn values are held to the end', held=0.),
+    Arm('3000 steps', 'three times as long', dict(steps=3000), against='tissue values'),
+    sampled('20 steps', 'the training of 3,000 steps paints into 60 training masks and all 151 test masks', against=''),
+    sampled('other noise', 'other seeds of the noise, the same values: what chance does', noise=1),
+    sampled('5 steps', '5 steps of DPM-Solver++ instead of 20', steps=5),
+    sampled('10 steps', '10 steps of DPM-Solver++', steps=10),
+    sampled('40 steps', '40 steps of DPM-Solver++', steps=40),
+    sampled('guidance 1.5', 'classifier-free guidance of 1.5 at all levels', guidance=1.5),
+    sampled('guidance 0', 'the condition is ignored and no value is held: images of any heart, a floor', guidance=0.,
+            values='none'),
+    sampled('guidance 2', 'guidance of 2', guidance=2.),
+    sampled('guidance 3', 'guidance of 3', guidance=3.),
+    sampled('Heun', '20 steps of Heun: twice the evaluations', sampler='heun'),
+    sampled('DDIM', '20 steps of DDIM, which is of first order', sampler='ddim'),
+    sampled('20 steps, few masks', 'the same 20 steps, in 8 training and 32 test masks', against='', masks=FEW),
+    sampled('1000 ancestral, few masks', '1,000 steps of `ddpm`, each of them drawn', against='20 steps, few masks',
+            masks=FEW, steps=1000, sampler='ddpm'),
+    sampled('20 ancestral', '20 steps of `ddpm`, each of them drawn', sampler='ddpm'),
+    sampled('guidance 1.5 in the middle', 'guidance of 1.5 at levels of 0.3 to 3 only',
+            steered=('between', 1.5, .3, 3.)),
     sampled('from level 20', 'sampling begins at noise of level 20 instead of 80: more of its steps are at low levels',
             steered=('from', 20.)),
-    sampled('Heun', '20 steps of Heun: twice the evaluations', sampler='heun'),
-    sampled('EMA .02', 'weights averaged over 2 % of the training, by post-hoc EMA', length=.02),
-    sampled('EMA .05', 'weights averaged over 5 % of the training', length=.05),
-    sampled('EMA .15', 'weights averaged over 15 % of the training', length=.15),
-    sampled('EMA .20', 'weights averaged over 20 % of the training', length=.20),
-    sampled('autoguidance 1.5', 'guided away from its own snapshot after a quarter, 1.5', steered=('auto', 1.5, 4)),
-    sampled('autoguidance 2', 'guided away from its own snapshot after a quarter, 2', steered=('auto', 2., 4)),
-    sampled('autoguidance 1.5, early', 'the same with its snapshot after an eighth', steered=('auto', 1.5, 2)),
-    sampled('guidance 1.5', 'classifier-free guidance of 1.5 at all levels', guidance=1.5),
-    sampled('guidance 1.5 in the middle', 'the same at levels of 0.3 to 3 only', steered=('between', 1.5, .3, 3.)),
+    sampled_early('EMA .02', 'weights averaged over 2 % of the training, by post-hoc EMA', length=.02),
+    sampled_early('EMA .05', 'weights averaged over 5 % of the training', length=.05),
+    sampled_early('EMA .15', 'weights averaged over 15 % of the training', length=.15),
+    sampled_early('EMA .20', 'weights averaged over 20 % of the training', length=.20),
+    sampled_early('autoguidance 1.5', 'guided away from its snapshot after a quarter: 1.5', steered=('auto', 1.5, 4)),
+    sampled_early('autoguidance 2', 'guided away from its snapshot after a quarter: 2', steered=('auto', 2., 4)),
+    sampled_early('autoguidance 1.5, early', 'the same with its snapshot after an eighth', steered=('auto', 1.5, 2)),
+    Arm('concatenated map', f'the map beside the image, no SPADE: {SIZES[1]:.2f} million parameters, not {SIZES[0]}',
+        tricks=('concatenated',), against='tissue values'),
+    Arm('paper', 'noise prediction with a learned variance, as published, without tissue values', PAPER,
+        against='centred -0.4/1.4'),
+    sampled('paper, few masks', 'the same 20 steps, in the few masks', of='paper', against='', masks=FEW),
+    sampled('paper, 1000 ancestral, few masks', 'the same, sampled as published', of='paper',
+            against='paper, few masks', masks=FEW, steps=1000, sampler='ddpm'),
+    Arm('spacings', 'as tissue values, in a cache of --spacing 1.6-2.4', cache='spacings'),
+    Arm('spacings, not told', 'the same, and the network is never told the spacing', tricks=('untold',),
+        cache='spacings', against='spacings'),
     Arm('uncertainty', 'loss weight by learned uncertainty', tricks=('uncertainty',)),
     Arm('high levels early', 'P_mean 1.2 higher at the start, sinking until half time', tricks=('early',)),
     Arm('batch 32', '32 slices per step: twice the images', dict(batch_size=32)),
@@ -115,7 +161,6 @@ ARMS = [
     Arm('heart share', 'the share of heart in the slice is part of the condition', tricks=('share',)),
     Arm('seed 1', 'another seed', dict(seed=1)),
     Arm('seed 2', 'another seed', dict(seed=2)),
-    Arm('3000 steps', 'three times as long', dict(steps=3000)),
     Arm('second', 'the second best levels, with tissue values', dict(p_mean=SECOND[0], p_std=SECOND[1])),
     Arm('second, seed 1', 'the second best levels, another seed', dict(p_mean=SECOND[0], p_std=SECOND[1], seed=1)),
     Arm('second, seed 2', 'another seed', dict(p_mean=SECOND[0], p_std=SECOND[1], seed=2)),
@@ -125,7 +170,8 @@ ARMS = [
     Arm('60 minutes', 'by the clock', dict(minutes=60.)),
     Arm('96 pixels', 'a grid of 96 x 96 pixels of 1.5 mm, 60 minutes', dict(minutes=60.), cache='96')]
 BY_NAME = {arm.name: arm for arm in ARMS}
-SOURCES = {arm.of for arm in ARMS}  # trainings that other arms paint with: they keep averages for the post-hoc EMA
+SOURCES = {arm.of for arm in ARMS if 'length' in arm.how or 'auto' in arm.how.get('steered', '')}
+# SOURCES: trainings that other arms take averages of, for the post-hoc EMA; they keep these
 OTHER_SETTINGS = 'trained with other settings; remove this folder to train it anew'
 AVERAGES = 'averages.safetensors'  # in a resume point
 
@@ -148,10 +194,22 @@ def use_share(learn):
     return []
 
 
+def use_concatenated(learn):
+    tricks.concatenate_map(learn)
+    return []
+
+
+def use_untold(learn):
+    objective = objective_of(learn)
+    for denoise in (objective.denoise, objective.average): tricks.without_spacing(denoise.model)
+    return []
+
+
 def use_early(learn): return [tricks.HighLevelsEarly()]
 
 
-TRICKS = dict(uncertainty=use_uncertainty, apex=use_apex, share=use_share, early=use_early)
+TRICKS = dict(uncertainty=use_uncertainty, apex=use_apex, share=use_share, early=use_early,
+              concatenated=use_concatenated, untold=use_untold)
 
 
 class ArmResume(ResumeWriter):
@@ -225,8 +283,9 @@ def start_at(denoise, sigma):
 
 def checkpoint_of(arm, folder, precision):
     "The network of an arm, as its painting wants it, and what is to be noted of it."
-    checkpoint, how, noted = load_checkpoint(folder/'checkpoint'), arm.painting(), {}
-    share = 'share' in BY_NAME.get(arm.of, arm).tricks
+    used, how, noted = BY_NAME.get(arm.of, arm).tricks, arm.painting(), {}
+    load = tricks.load_concatenated if 'concatenated' in used else load_checkpoint
+    checkpoint, share = load(folder/'checkpoint'), 'share' in used
     if share: tricks.tell_heart_share(checkpoint.denoise, checkpoint.spec)
     if how['length']: noted['left'] = weights_into(checkpoint, folder/'snapshots', how['length'])
     kind, *numbers = how['steered'] or ('',)
@@ -265,11 +324,22 @@ def run_arm(arm, cache, work, measuring, utility):
         said = dict(name=arm.name, what=arm.what, settings=arm.settings(), training=training, noted=noted,
                     cache=cache.fingerprint[:12], precision=precision, threads=torch.get_num_threads(), load=load,
                     commit=commit(), date=f'{datetime.now():%Y-%m-%d %H:%M}')
+        said |= losses_of(arm, work) or measuring.losses(checkpoint, precision)
         said |= measuring.measure(checkpoint, arm.painting(), precision)
+        write_json(work/f'{arm.slug}.json', said)
+    if 'patients' not in said:  # measured before patients were compared
+        said['patients'] = measuring.of_patients(checkpoint, arm.painting(), precision)
         write_json(work/f'{arm.slug}.json', said)
     if utility and 'utility' not in said:
         said['utility'] = measuring.utility(checkpoint, arm.painting(), precision)
         write_json(work/f'{arm.slug}.json', said)
+
+
+def losses_of(arm, work):
+    "Losses that the arm's training was measured with; None where this arm has other weights, or another denoiser."
+    said, how = read_json(work/f'{BY_NAME.get(arm.of, arm).slug}.json') or {}, arm.painting()
+    if not arm.of or how['length'] or how['steered'] or 'losses' not in said: return None
+    return {name: said[name] for name in ('losses', 'losses_told') if name in said}
 
 
 def commit():
@@ -294,12 +364,12 @@ def chosen(names):
 
 def is_done(arm, work, utility):
     said = read_json(work/f'{arm.slug}.json') or {}
-    return said.get('settings') == arm.settings() and (not utility or 'utility' in said)
+    return said.get('settings') == arm.settings() and 'patients' in said and (not utility or 'utility' in said)
 
 
 def run(arms, args):
     "Run arms one after the other; those that another process has are left to it."
-    caches = {'': args.cache, '96': args.cache96}
+    caches = {'': args.cache, '96': args.cache96, 'spacings': args.spacings}
     for arm in arms:
         if is_done(arm, args.work, args.utility) or not caches[arm.cache]: continue
         cache, folder = CohortCache(caches[arm.cache]), args.work/arm.slug
@@ -308,7 +378,8 @@ def run(arms, args):
             with hold(folder.resolve()):
                 print(f'{datetime.now():%H:%M} {arm.name}', flush=True)
                 seg = SegConfig(steps=10) if TRIAL else SegConfig()
-                measuring = Measuring(cache, args.work/'networks', args.images, args.images // 2, seg)
+                masks = arm.how.get('masks', (args.images, args.images // 2))
+                measuring = Measuring(cache, args.work/'networks', *masks, seg)
                 run_arm(arm, cache, args.work, measuring, args.utility)
                 (folder/'failed.json').unlink(missing_ok=True)
         except Stopped as e: raise SystemExit(str(e))
@@ -330,6 +401,7 @@ def main():
     parser.add_argument('--images', type=int, default=303, help='training masks to paint; half as many test masks')
     parser.add_argument('--utility', action='store_true', help='measure the utility of the arms, too')
     parser.add_argument('--cache96', type=Path)
+    parser.add_argument('--spacings', type=Path, help='a cache whose spacing is a range')
     parser.add_argument('--trial', action='store_true',
                         help='all of it with a tiny network and a few steps, to try the program; in a WORK of its own')
     for name in ('list', 'table', 'check'): parser.add_argument(f'--{name}', action='store_true')
@@ -337,7 +409,7 @@ def main():
     tiny = dict(preset='tiny', warmup=2, batch_size=4)
     if args.trial: TRIAL.update(steps=tiny | dict(steps=16), minutes=tiny | dict(minutes=.1), how=dict(steps=3))
     torch.set_num_threads(args.threads)
-    if args.list: return print('\n'.join(f'{arm.name:28s}{arm.what}' for arm in chosen(args.only)))
+    if args.list: return print('\n'.join(f'{arm.name:36s}{arm.what}' for arm in chosen(args.only)))
     if args.check: return check()
     if args.work is None: parser.error('give CACHE and WORK')
     hold_memory()

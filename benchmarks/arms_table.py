@@ -1,11 +1,17 @@
 """The table of `arms.py`: JSON files of single arms become one page of Markdown."""
 import json, os, platform, re
 
+import pandas as pd
+
+from cmr_diffusion.evaluation.agreement import difference_interval
+from cmr_diffusion.evaluation.floors import verdict
 from cmr_diffusion.output import atomic_path
 
 COLUMNS = ('arm', 'what it is', 'steps x batch, time, threads', 'bias', 'within / real', 'between / real',
            'loss by quarter', 'values told', 'adherence', 'apex (real)', 'edge / real, apex', 'utility, % of real',
            's per image')
+MARGIN = .5  # Dice points, by which two ways to paint may differ and be called equal
+AGAINST = ('arm', 'against', 'masks', 'mean of structures', f'within {MARGIN} points?', 'structures', 'over pixels')
 ASKED = ('arm', 'values', 'structure', 'slope', 'r', 'mean error', 'residual sd', 'ICC', 'ICC of real')
 
 
@@ -112,6 +118,53 @@ def asked_rows(arm, work):
                     short(said['icc_real'].get(name), 2)])
 
 
+# --- one arm against another ---
+
+def points(said, reading='dice'):
+    "Dice of each test patient, in points: one column per type and structure, and their mean."
+    table = pd.DataFrame(said['patients']).pivot(index='patient', columns=['type', 'structure'], values=reading)
+    table = 100 * table[list(dict.fromkeys((r['type'], r['structure']) for r in said['patients']))]
+    return table.assign(mean=table.mean(axis=1))
+
+
+def differences(said, other, reading='dice'):
+    "Difference of two arms in each structure, and in the mean of the structures at the end: with intervals."
+    own, known = points(said, reading), points(other, reading)
+    return [difference_interval(own[name], known[name], True, 10_000) for name in own]
+
+
+def point_cell(difference, low, high): return f'{difference:+.2f} [{low:+.2f}, {high:+.2f}]'
+
+
+def comparable(said, reference):
+    "Whether two arms painted into the same test masks, and patients were measured in both."
+    images = [[(r['structure'], r['volumes'], r['slices']) for r in of['adherence'] if r['images'] == 'real']
+              for of in (said, reference)]
+    return images[0] == images[1] and said['cache'] == reference['cache'] and 'patients' in said and (
+        'patients' in reference)
+
+
+def against_row(arm, reference, work):
+    "A row of the table of differences; None where an arm has no reference."
+    if reference is None: return None
+    said, other = (read_json(work/f'{a.slug}.json') for a in (arm, reference))
+    lacks = 'not run' if not said or not other else 'not comparable' if not comparable(said, other) else ''
+    if lacks: return line([arm.name, reference.name, lacks] + [''] * (len(AGAINST) - 3))
+    found, pooled = differences(said, other), differences(said, other, 'dice_pooled')
+    masks = next(r['slices'] for r in said['adherence'] if r['images'] == 'real')
+    return line([arm.name, reference.name, f'{masks} ({len(points(said))} patients)', point_cell(*found[-1]),
+                 verdict(*found[-1][1:], MARGIN), '; '.join(point_cell(*row) for row in found[:-1]),
+                 point_cell(*pooled[-1])])
+
+
+AGAINST_TEXT = (
+    'Differences of adherence in Dice points (arm - reference), patient by patient, with 95 % intervals (bootstrap by '
+    f'patient). "within": the whole interval lies within {MARGIN} points on both sides; "beyond": all of it lies '
+    'outside; "open": this many patients do not tell. Adherence is the mean over the volumes of a patient; "over '
+    'pixels" counts all pixels of a patient together, which says more where few slices of each were painted. Patients '
+    'are the same in both arms, and so are the first noise and the tissue values unless the arm says otherwise.')
+
+
 def introduction(done, arms, cache):
     "What the columns mean."
     names, real = '-', '-'
@@ -130,5 +183,8 @@ def write_table(work, cache, arms):
     "Write all that is there as Markdown."
     done = [said for said in (read_json(work/f'{arm.slug}.json') for arm in arms) if said]
     lines = ['# Arms', '', introduction(done, arms, cache), '', *head(COLUMNS), *(row_of(arm, work) for arm in arms)]
+    by_name = {arm.name: arm for arm in arms}
+    rows = (against_row(arm, by_name.get(arm.reference), work) for arm in arms)
+    lines += ['', '## Against a reference', '', AGAINST_TEXT, '', *head(AGAINST), *filter(None, rows)]
     lines += ['', '## Asked for and painted', '', *head(ASKED), *(row for arm in arms for row in asked_rows(arm, work))]
     with atomic_path(work/'arms.md') as new: new.write_text('\n'.join(lines) + '\n')

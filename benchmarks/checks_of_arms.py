@@ -8,16 +8,17 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 
-import arms, measures, tricks
+import arms, arms_table, measures, tricks
 from cmr_diffusion.cohort.table import read_cohort
 from cmr_diffusion.core import Stopped
 from cmr_diffusion.evaluation.segmentation import SegConfig
 from cmr_diffusion.grid.cache import prepare
 from cmr_diffusion.grid.geometry import Geometry
 from cmr_diffusion.grid.loaders import images_and_condition
-from cmr_diffusion.model.checkpoint import load_checkpoint
+from cmr_diffusion.model.checkpoint import load_checkpoint, save_checkpoint
 from cmr_diffusion.model.edm import EDMDenoiser, Guided
 from cmr_diffusion.model.painting import grid_condition, paint
+from cmr_diffusion.model.sdm import SDM, sdm_config, SPADE
 from cmr_diffusion.toy import toy_cohort
 from cmr_diffusion.training.callbacks import Noising, objective_of
 from cmr_diffusion.training.learner import config_learner
@@ -194,6 +195,88 @@ def check_share(cache):
     assert type(kept) is tricks.HeartShareDenoiser and torch.equal(kept.backgrounds, objective.denoise.backgrounds)
 
 
+def check_concatenated(cache, folder):
+    "The map reaches the network through its first layer alone, and the rest is the same U-Net without SPADE."
+    learn = config_learner(cache, small(tissue_values=True))
+    arms.use_concatenated(learn)
+    objective = objective_of(learn)
+    model = objective.network
+    assert type(model) is type(learn.checkpoint.model) is tricks.ConcatSDM and model is not learn.checkpoint.model
+    assert not any(isinstance(m, SPADE) for m in model.modules())
+    plain = SDM(model.config)
+    own, known = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, plain))
+    changed = {k for k in own | known if own.get(k) != known.get(k)}
+    assert all('norm' in k or k == 'encoder.0.0.weight' for k in changed), changed  # nothing else differs
+    million = [sum(p.numel() for p in make(sdm_config('small', label_channels=5, values=True)).parameters()) / 1e6
+               for make in (SDM, tricks.ConcatSDM)]
+    print('  concatenated map: million parameters with SPADE and without', *(f'{n:.2f}' for n in million))
+    near(million, arms.SIZES, 2e-3)
+
+    x0, condition = images_and_condition(learn.dls.one_batch(), learn.dls.spec)[:2]
+    other = condition.classes.clone()
+    other[:, 10:14, 10:14] = (other[:, 10:14, 10:14] + 1) % condition.channels
+    awake(model)
+    first = {}
+    def note(layer, inputs, output): first['layer'] = output
+    model.encoder[0][0].register_forward_hook(note)
+    seen = []
+    with torch.no_grad():
+        for classes in (condition.classes, other):
+            denoise = objective.denoise
+            out = denoise(x0, 1., denoise.prepare(replace(condition, classes=classes)))
+            seen.append((first['layer'].clone(), out))
+    layer, output = ((a - b).abs() for a, b in zip(*seen))
+    assert (output.amax((1, 2, 3)) > 0).all()  # it depends on the map
+    reached = layer.amax((0, 1)) > 0
+    assert reached[9:15, 9:15].all() and reached.sum() == 36  # where the first layer sees the change, nowhere else
+
+    learn = config_learner(cache, small(tissue_values=True))
+    arms.use_concatenated(learn)
+    before = [p.clone() for p in objective_of(learn).network.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    assert any((p != q).any() for p, q in zip(before, objective_of(learn).network.parameters()))
+    save_checkpoint(folder/'concatenated', learn.checkpoint)
+    again, masks = tricks.load_concatenated(folder/'concatenated'), measures.Masks.of(cache, 'train', 4)
+    assert again.digest() == learn.checkpoint.digest()
+    how = arms.PLAIN | dict(steps=3, guidance=2.)
+    images = [measures.painted(c, masks, how, 'float32')[0].images for c in (learn.checkpoint, again)]
+    near(*images, 1e-5)
+
+
+def check_untold(cache, folder):
+    "The network is told nothing of the spacing; the usual one is."
+    grids, x = [cache.grid(i) for i in range(2)], torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    told = []
+    for use in (lambda learn: [], arms.use_untold):
+        learn = config_learner(cache, small(tissue_values=True))
+        use(learn)
+        checkpoint = learn.checkpoint
+        awake(checkpoint.model)
+        denoise = checkpoint.denoise.eval()
+        condition = grid_condition(checkpoint.spec, grids, checkpoint.recipe.centres)
+        finer = replace(condition, spacing=condition.spacing / 2)
+        with torch.no_grad(): a, b = (denoise(x, 1., denoise.prepare(c)) for c in (condition, finer))
+        told.append(not torch.equal(a, b))
+    assert told == [True, False]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    save_checkpoint(folder/'untold', learn.checkpoint)
+    again = load_checkpoint(folder/'untold')
+    assert not again.model.config.spacing and again.digest() == learn.checkpoint.digest()
+
+
+def check_paper(cache):
+    "The published recipe is trained and painted with, by drawing each step, too."
+    config = replace(arms.BY_NAME['paper'].config(), preset='tiny', steps=4, warmup=2, batch_size=4)
+    learn = config_learner(cache, config)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.checkpoint.recipe.name == 'paper' and learn.checkpoint.denoise.variance
+    masks, painting = measures.Masks.of(cache, 'train', 2), arms.BY_NAME['paper'].painting()
+    assert painting['values'] == 'none' and 'held' not in painting
+    for sampler in ('dpmpp_2m', 'ddpm'):
+        images, asked = measures.painted(learn.checkpoint, masks, painting | dict(steps=3, sampler=sampler), 'float32')
+        assert asked is None and np.isfinite(images.images).all()
+
+
 def check_apex(cache):
     learn = config_learner(cache, small())
     stream = learn.dls.train_ds
@@ -278,6 +361,54 @@ def check_values(cache):
     assert measures.values_for(checkpoint, masks, 'none') is None
 
 
+def check_patients(cache):
+    "Dice of patients add up to that of the table, and a known difference between two arms is found."
+    masks = measures.Masks.of(cache, 'train')
+    maps, rng = masks.real.label_maps, np.random.default_rng(0)
+    wrong = np.where(rng.random(maps.shape) < .1, 1, maps)
+    read, measures.segment = measures.segment, lambda network, images: wrong
+    try: found = pd.DataFrame(measures.patient_dice(None, masks.real))
+    finally: measures.segment = read
+    whole = measures.dice_table(wrong, masks.real)
+    assert found.patient.nunique() == masks.real.rows.patient.nunique()
+    for row in whole.itertuples():  # each patient of the toy has as many volumes of a type as the others
+        near(found[(found.type == row.type) & (found.structure == row.structure)].dice.mean(), row.dice, 1e-4)
+
+    structures = ('myocardium', 'left_ventricle')
+    def said(shift, noise=0., cache=''):
+        rng = np.random.default_rng(1)
+        rows = [dict(patient=p, type='cine', structure=s, dice=.8 + .01 * p + shift * (s == structures[0])
+                     + noise * rng.standard_normal(), dice_pooled=.8) for p in range(15) for s in structures]
+        real = [dict(images='real', structure=s, volumes=30, slices=151) for s in structures]
+        return dict(patients=rows, adherence=real, cache=cache)
+    def judged(other): return arms_table.verdict(*arms_table.differences(other, said(0.))[-1][1:], arms_table.MARGIN)
+    found = arms_table.differences(said(.02), said(0.))
+    near(found, [[2, 2, 2], [0, 0, 0], [1, 1, 1]], 1e-6)
+    assert [judged(said(*of)) for of in ((.02,), (.004,), (0., .02))] == ['beyond', 'within', 'open']
+    assert arms_table.comparable(said(.1), said(0.)) and not arms_table.comparable(said(.1), said(0., cache='other'))
+
+
+def check_noise(cache):
+    "Another noise gives other images with the same tissue values."
+    checkpoint, masks = toy_checkpoint(cache), measures.Masks.of(cache, 'train', 4)
+    how = arms.PLAIN | dict(steps=2)
+    (one, asked), (same, _), (other, again) = (
+        measures.painted(checkpoint, masks, how | changed, 'float32') for changed in ({}, {}, dict(noise=1)))
+    assert np.array_equal(one.images, same.images) and asked == again
+    assert (np.abs(one.images - other.images).max((1, 2, 3)) > .01).all()
+
+
+def check_losses_once(cache, folder):
+    "Losses are those of the network: an arm takes them from its training unless it paints with other weights."
+    work = folder/'losses'
+    for source in ('3000 steps', 'tissue values'):
+        arms.write_json(work/f'{arms.BY_NAME[source].slug}.json', dict(losses=[1.], losses_told=[2.], bias=3.))
+    taken = {name: arms.losses_of(arms.BY_NAME[name], work) for name in (
+        'guidance 2', '5 steps', 'values, own', 'EMA .02', 'from level 20', 'autoguidance 2', '3000 steps', 'paper')}
+    assert [name for name, losses in taken.items() if losses] == ['guidance 2', '5 steps', 'values, own'], taken
+    assert taken['guidance 2'] == dict(losses=[1.], losses_told=[2.])
+
+
 def check_measures(cache, folder):
     masks, checkpoint = measures.Masks.of(cache, 'train'), toy_checkpoint(cache)
     asked = measures.values_for(checkpoint, masks, 'own')
@@ -326,10 +457,13 @@ def check_arms():
     best, plain = asdict(arms.Arm('', '').config()), arms.Arm('', '').painting()
     for arm in arms.ARMS:
         assert not arm.of or arm.of in arms.BY_NAME and not arm.train and not arm.tricks
+        if arm.reference:  # which paints into the same masks
+            known = arms.BY_NAME[arm.reference]
+            assert (known.how.get('masks'), known.cache) == (arm.how.get('masks'), arm.cache), arm.name
         own = arm.config()
         changes = [f'{k} {v}' for k, v in asdict(own).items() if best[k] != v]
-        changes += [f'{k} {v}' for k, v in arm.painting().items() if plain[k] != v]
-        print(f'  {arm.name:28s}{", ".join([*changes, *arm.tricks]) or "(the best)"}')
+        changes += [f'{k} {v}' for k, v in arm.painting().items() if plain.get(k) != v]
+        print(f'  {arm.name:36s}{", ".join([*changes, *arm.tricks]) or "(the best)"}')
 
 
 def main():
@@ -338,6 +472,7 @@ def main():
         geometry = Geometry(32, (2.5, 3.5), 'heart', 2)
         cache = prepare(read_cohort(toy_cohort(d/'cohort', 6), 'csv'), d/'cache', geometry, workers=0)
         for check in (check_arms, check_profiles, check_reconstruction, check_averages, check_uncertainty, check_early,
-                      check_share, check_apex, check_guidance, check_values, check_measures, check_resume):
+                      check_share, check_concatenated, check_untold, check_paper, check_apex, check_guidance,
+                      check_values, check_patients, check_noise, check_losses_once, check_measures, check_resume):
             check(*[cache, d][:check.__code__.co_argcount])
             print(f'{check.__name__.removeprefix("check_")}: as stated', flush=True)

@@ -18,7 +18,9 @@ from cmr_diffusion.evaluation.tissue import ASKED, tissue_table
 from cmr_diffusion.evaluation.utility import utility_table
 from cmr_diffusion.grid.loaders import evenly, grid_slices
 from cmr_diffusion.grid.tissue import in_units, LEAST, measure_slices, sizes_of
+from cmr_diffusion.model.fast_spade import FastSDM
 from cmr_diffusion.model.painting import grid_condition, HELD_ABOVE, paint
+from cmr_diffusion.model.sdm import SDM
 from cmr_diffusion.output import progress
 
 BATCH = 32  # images at a time
@@ -86,10 +88,10 @@ def painted(checkpoint, masks, how, precision, name='paint'):
     asked, images, grids = values_for(checkpoint, masks, how['values']), [], masks.grids
     for start in progress(range(0, len(grids), BATCH), description=name, unit='batch'):
         some = slice(start, start + BATCH)
-        seeds = [int(i) for i in masks.positions[some]]  # the position in the cache is the seed
+        seeds = [int(i) + 10**6 * how.get('noise', 0) for i in masks.positions[some]]  # the position in the cache
         new = paint(checkpoint, grids[some], seeds, 1. if how['steered'] else how['guidance'], how['steps'],
                     how['sampler'], precision, values=None if asked is None else asked[some],
-                    held_above=how.get('held', HELD_ABOVE))
+                    held_above=how.get('held', HELD_ABOVE), fast=type(checkpoint.model) in (SDM, FastSDM))
         images += [checkpoint.values[g.type].forward(g.pixels)[None] for g in new]
     return replace(masks.real, images=np.stack(images).astype(np.float32)), asked
 
@@ -133,12 +135,22 @@ def same_patient(slices, transforms):
     return {f'{image_type} {STRUCTURES[s]}': intraclass_correlation(own) for (image_type, s), own in groups}
 
 
+def patient_dice(network, slices):
+    """Dice of each patient, who is a number (the place of the name among the sorted ones): the mean over the patient's
+    volumes, and over all pixels of the patient."""
+    read, found = segment(network, slices.images), []
+    for number, (_, at) in enumerate(sorted(slices.rows.groupby('patient').indices.items())):
+        table = dice_table(read[at], slices[at])
+        found += records(table[['type', 'structure', 'dice', 'dice_pooled']].assign(patient=number))
+    return found
+
+
 class Measuring:
     "All that is the same for all arms on one cache: masks, real images, and the network that reads label maps."
     def __init__(self, cache, folder, images=303, test_images=150, seg=SegConfig()):
         self.cache, self.folder, self.seg = cache, folder, seg
         self.train, self.test = Masks.of(cache, 'train', images), Masks.of(cache, 'test', test_images)
-        self.val = Masks.of(cache, 'val', min(images, 256))
+        self.val = Masks.of(cache, 'val', 256)
         every = self.train.real
         self.spread = float(every.images[every.label_maps[:, None] < len(STRUCTURES)].std())  # without padding
 
@@ -156,14 +168,22 @@ class Measuring:
         found['edges'] = records(edge_table(self.train.real, train, values, self.cache.geometry))
         found['icc'], found['icc_real'] = same_patient(train, values), same_patient(self.train.real, values)
         if asked is not None: found['asked'] = records(asked_and_painted(asked, train, values))
-        found['losses'] = sigma_losses(checkpoint, self.val, precision, self.spread)
-        if checkpoint.model.config.values:
-            found['losses_told'] = sigma_losses(checkpoint, self.val, precision, self.spread, told=True)
         test, _ = painted(checkpoint, self.test, how, precision, 'test masks')
         network = self.segmenter
         found['adherence'] = records(adherence_table(network, test, self.test.real))
+        found['patients'] = patient_dice(network, test)
         found['by_level'] = {level: self.at_level(network, test, level) for level in LEVELS}
         return found
+
+    def losses(self, checkpoint, precision):
+        "Losses by noise level: without tissue values, then told those of the slice."
+        found = dict(losses=sigma_losses(checkpoint, self.val, precision, self.spread))
+        if not checkpoint.model.config.values: return found
+        return found | dict(losses_told=sigma_losses(checkpoint, self.val, precision, self.spread, told=True))
+
+    def of_patients(self, checkpoint, how, precision):
+        "Dice of each test patient alone."
+        return patient_dice(self.segmenter, painted(checkpoint, self.test, how, precision, 'test masks')[0])
 
     def at_level(self, network, test, level):
         "Dice of painted and of real test slices at one level of the heart."

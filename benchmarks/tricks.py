@@ -1,6 +1,7 @@
 """What the arms of `arms.py` try and the package does not have: callbacks, denoisers, guidance.
 
 Whatever pays moves into a chapter; what did not pay stays here, so that its row in the table can be made again."""
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cmr_diffusion.cohort.levels import slice_levels
-from cmr_diffusion.grid.condition import Condition
+from cmr_diffusion.grid.condition import Condition, ConditionSpec
 from cmr_diffusion.grid.loaders import TrainingStream
-from cmr_diffusion.model.adm import sinusoid
-from cmr_diffusion.model.checkpoint import Checkpoint
+from cmr_diffusion.model.adm import GroupNorm, sinusoid
+from cmr_diffusion.model.checkpoint import Checkpoint, read_config, read_weights
+from cmr_diffusion.model.ddpm import make_denoiser
 from cmr_diffusion.model.edm import Denoiser, EDMDenoiser, Guided, Prepared
+from cmr_diffusion.model.fast_spade import exchange
+from cmr_diffusion.model.sdm import ResBlock, SDM, SPADE
 from cmr_diffusion.output import atomic_path
 from cmr_diffusion.training.callbacks import EMACallback, Noising, network_parameters, objective_of
 
@@ -197,6 +201,59 @@ def show_apex_more(learn, times=3):
     apical = slice_levels(rows, [cache.slice(int(i)).labels for i in stream.positions]) == 'apical'
     stream.__class__ = ApexStream
     stream.positions = np.concatenate([stream.positions, np.repeat(stream.positions[apical], times - 1)])
+
+
+# --- the map beside the image instead of SPADE; no spacing ---
+
+class ConcatSDM(SDM):
+    "The same U-Net with plain norms everywhere; its first layer sees the image and, in further channels, the map."
+    def __init__(self, config):
+        super().__init__(config)
+        first = self.encoder[0][0]
+        inputs = config.image_channels + config.label_channels
+        self.encoder[0][0] = nn.Conv2d(inputs, first.out_channels, 3, padding=1)
+        for block in [m for m in self.modules() if isinstance(m, ResBlock)]:
+            for name in ('norm1', 'norm2'):
+                norm = getattr(block, name)
+                if isinstance(norm, SPADE): setattr(block, name, GroupNorm(32, norm.norm.num_channels))
+        exchange(self)  # the layers compute the same in less time
+
+    def forward(self, x, t, labels, spacing=None, values=None):
+        self.check_size(x, labels)
+        time, h, skips = self.embed(t, spacing, values), torch.cat([x, labels.to(x.dtype)], dim=1), []
+        for stage in self.encoder:
+            h = stage(h, time)
+            skips.append(h)
+        h = self.middle(h, time)
+        for stage in self.decoder: h = stage(torch.cat([h, skips.pop()], dim=1), time)
+        return self.out(self.out_norm(h))
+
+
+def concatenate_map(learn, seed=0):
+    "Let a learner train a network that gets the map beside the image; its weights begin anew."
+    objective = objective_of(learn)
+    old = objective.network
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        new = ConcatSDM(old.config)
+    if old.config.values: new.standardize(old.value_mean, old.value_spread)
+    objective.denoise.model = new.to(learn.dls.device, memory_format=torch.channels_last)
+    objective.average.model = deepcopy(new).requires_grad_(False)
+
+
+def without_spacing(model):
+    "Take the embedding of the spacing out of a network, which is then never told a spacing."
+    model.config, model.spacing = replace(model.config, spacing=False), None
+
+
+def load_concatenated(folder):
+    "Read a checkpoint whose network gets the map beside the image."
+    settings = read_config(folder)
+    model = ConcatSDM(settings.model)
+    model.load_state_dict(read_weights(folder, settings))
+    denoise = make_denoiser(model=model.to(memory_format=torch.channels_last).eval(), **settings.recipe)
+    return Checkpoint(denoise, ConditionSpec(settings.spec), settings.values, settings.geometry, settings.info,
+                      settings.tissue)
 
 
 # --- sampling ---

@@ -14,10 +14,10 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .command_line import command, typed_options
-from .command_options import (
-    Batch, batch_size_of, check_registered, Count, counted, Crop, Format, Guidance, Minutes, open_masks,
-    phantom_patients, Precision, Preset, read_table, Recipe, Sampler, Samplings,
-    secret_in, Seed, splits_of, Steps, Workers)
+from cmr_diffusion.command_options import (
+    Batch, batch_size_of, check_registered, Count, counted, Crop, Format, Guidance, Judge, Minutes, numbers_of,
+    open_masks, phantom_patients, Precision, Preset, read_table, Recipe, Sampler, Samplings, secret_in, Seed, splits_of,
+    Steps, Workers)
 from .core import CMRError, choose_device, logger
 from .processes import is_main
 
@@ -145,6 +145,13 @@ def cmr_train(
     if is_main(): _say_trained(cache, run_id, folder, register)
 
 # %% ../nbs/70_cli.ipynb #70n022
+def _write_card(cache: str, folder: Path):
+    "Write the model card of a training that was not evaluated yet."
+    from cmr_diffusion.evaluation.card import facts_of_cohort, model_card, write_card
+    from cmr_diffusion.grid.cache import CohortCache
+    try: print(f'model card {write_card(folder, model_card(folder, cohort_facts=facts_of_cohort(CohortCache(cache))))}')
+    except CMRError as e: logger.warning('%s', e)
+
 def _say_trained(cache: str, run_id: str, folder: Path | None, name: str | None):
     "Say where a training and its checkpoint are; register the model where a name is given."
     from cmr_diffusion.tracking import CHECKPOINT, find_run, ui_command
@@ -152,6 +159,7 @@ def _say_trained(cache: str, run_id: str, folder: Path | None, name: str | None)
     with suppress(CMRError):
         if folder is not None: called = f'{find_run(run_id).info.run_name} ({run_id})'
     print(f'run {called}, {CHECKPOINT} {folder or "with the run"}')
+    if folder is not None: _write_card(cache, folder)
     if name is not None:
         from cmr_diffusion.registry import register
         try: print(f'registered as {register(run_id, name)}')
@@ -214,24 +222,38 @@ def cmr_sample(
 def cmr_evaluate(
     cache: str,  # folder of the real cohort's cache
     synthetic: str,  # folder that cmr_sample wrote
-    quick: bool = False,  # a quarter of the training of each segmentation network, and one control less
+    quick: bool = False,  # a quarter of the training of each segmentation network, fewer networks and controls
     steps: Steps = None,  # of the training of each segmentation network (default: 600, or 150 with --quick)
+    model: str = None,  # run or checkpoint folder that painted SYNTHETIC (default: the run that it names)
+    fractions: str = None,  # percent of the training patients, as 10,100: each gets a generator of its own
+    generator_steps: Steps = None,  # of the training of each of these generators (default: as of the model)
+    spacings: str = None,  # mm, as 1.5,2,2.5: paints 60 test masks at each, to see whether sizes come out right
+    judge: Judge = 'unet',  # networks of the arms: unet, published (Kalapos et al. 2023), nnunet (exported only)
+    judge_weights: str = None,  # file with weights of the published judge's encoder (default: random ones)
+    encoders: str = None,  # folder with weights of published encoders, for the distances of features
+    max_copies: Annotated[float, Interval(ge=0)] = None,  # exit code 1 where more images (or a share) are copies
+    max_auc: Annotated[float, Interval(ge=.5, le=1)] = None,  # the same where membership may be told better than this
+    log_real: bool = False,  # let images of real patients enter the MLflow run
     layout: str = 'semmelweis',  # of SYNTHETIC
-    out: str = None,  # folder for table and figure (default: evaluation in SYNTHETIC)
-    seed: Seed = 0,  # of controls, intervals and figure
+    out: str = None,  # folder for report.html, tables and figures (default: evaluation in SYNTHETIC)
+    seed: Seed = 0,  # of controls, intervals and figures
     device: str = None,  # cpu, cuda, or mps, which is untested (default: a GPU where there is one)
 ):
-    "Say how good a synthetic cohort is: values (also those asked for), borders, adherence to masks, use in training."
+    "Say how good a synthetic cohort is: like real images, true to its masks, of use in training, and no copies."
     from dataclasses import replace
     from cmr_diffusion.evaluation.report import evaluate
     from cmr_diffusion.evaluation.segmentation import QUICK, SegConfig
     from cmr_diffusion.tracking import ui_command
     config = QUICK if quick else SegConfig()
     if steps is not None: config = replace(config, steps=steps)
-    options = dict(quick=quick, layout=layout, out=out, seed=seed, device=choose_device(device))
-    report = evaluate(cache, synthetic, config, **options)
+    lists = dict(fractions=numbers_of('fractions', fractions), spacings=numbers_of('spacings', spacings))
+    options = dict(quick=quick, layout=layout, out=out, seed=seed, device=choose_device(device), model=model,
+                   generator_steps=generator_steps, judge=judge, judge_weights=judge_weights or '',
+                   max_copies=max_copies, encoders=encoders, max_auc=max_auc, log_real=log_real)
+    report = evaluate(cache, synthetic, config, **options, **lists)
     print(report.text())
-    print(f'look at it: {ui_command()}')
+    print(f'look at it: {report.folder/"report.html"}')
+    print(f'and at the run: {ui_command()}')
 
 # %% ../nbs/70_cli.ipynb #500022
 @command

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Steps', 'Seed', 'Guidance', 'Samplings', 'Batch', 'Minutes', 'Workers', 'Preset', 'Recipe', 'Precision',
-           'Sampler', 'Crop', 'Format', 'batch_size_of', 'scales_of', 'splits_of', 'secret_in', 'check_registered',
-           'read_table', 'phantom_patients', 'open_masks', 'counted']
+           'Sampler', 'Crop', 'Format', 'Judge', 'batch_size_of', 'scales_of', 'splits_of', 'numbers_of', 'secret_in',
+           'check_registered', 'read_table', 'phantom_patients', 'open_masks', 'counted']
 
 # %% ../nbs/69a_command_options.ipynb #69a002
 import math
@@ -31,6 +31,7 @@ Precision = Annotated[str, dict(choices=('auto', 'float32', 'bfloat16'))]
 Sampler = Annotated[str, dict(choices=('dpmpp_2m', 'heun', 'ddim', 'ddpm'))]
 Crop = Annotated[str, dict(choices=('heart', 'none'))]
 Format = Annotated[str, dict(choices=('dicom', 'nifti'))]  # of the images that are painted
+Judge = Annotated[str, dict(choices=('unet', 'published', 'nnunet'))]  # of training images
 
 # %% ../nbs/69a_command_options.ipynb #69a006
 def batch_size_of(
@@ -62,6 +63,17 @@ def splits_of(
     splits = tuple(part.strip() for part in text.split(','))
     if set(splits) <= set(SPLITS): return splits
     raise CMRError(f'split {text!r}: give one of {", ".join(SPLITS)}, or several with commas')
+
+def numbers_of(
+    option: str,  # its name, for the message
+    text: str | None,  # as typed: '10,100'
+) -> tuple[float, ...]:  # empty where nothing was typed
+    "Read numbers above 0; raise `CMRError` if one cannot be read."
+    if text is None: return ()
+    try: numbers = tuple(float(part) for part in text.split(','))
+    except ValueError: numbers = ()
+    if numbers and all(0 < number < math.inf for number in numbers): return numbers
+    raise CMRError(f'--{option} {text!r}: give numbers above 0 with commas, as 1.5,2')
 
 # %% ../nbs/69a_command_options.ipynb #69a012
 def secret_in(

@@ -42,7 +42,8 @@ _COHORT = ('cohort.json', 'splits.csv', 'synthesis.json', 'manifest.parquet', '*
 KINDS = dict(
     cache=Kind('a cache', 'cache.json', ('cache.json', 'index.npy', 'labels.bin', 'pixels.bin', 'table.parquet'),
                kept=('segmentation/*.safetensors',), edited=False),
-    checkpoint=Kind('a checkpoint', 'config.json', ('config.json', 'model.safetensors'), says='recipe', edited=False,
+    checkpoint=Kind('a checkpoint', 'config.json', ('config.json', 'model.safetensors'), says='recipe',
+                    kept=('MODEL_CARD.md',), edited=False,
                     carried=True),  # a training must not end because somebody put a note beside its weights
     cohort=Kind('a cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation'), completed=('synthesis.json',)),
     phantom=Kind('a phantom cohort', 'cohort.json', _COHORT, holds=dict(evaluation='evaluation')),
@@ -50,7 +51,10 @@ KINDS = dict(
                 carried=True),
     evaluation=Kind('an evaluation', 'report.json',
                     ('report.csv', 'report.json', 'report.txt', 'report.html', 'comparison.png', 'charts/*.png',
-                     'pictures/*.png')),
+                     'pictures/*.png', 'MODEL_CARD.md')),
+    nnunet=Kind('an export for nnU-Net', 'export.json',
+                ('export.json', 'key.csv', 'train.sh', 'nnUNet_raw/*/dataset.json', 'nnUNet_raw/*/*/*.nii.gz'),
+                says='datasets'),
     findings=Kind('findings', 'findings.html', ('findings.csv', 'findings.html'), shared=True))
 
 # %% ../nbs/00d_marks.ipynb #00cn019

@@ -12,6 +12,7 @@ from cmr_diffusion import CMRError, Geometry, prepare, read_cohort, synthesize
 from cmr_diffusion.cohort.files import load_slice
 from cmr_diffusion.cohort.levels import LEVELS, slice_levels
 from cmr_diffusion.core import PADDING, shared_data, STRUCTURES
+from cmr_diffusion.evaluation.overlap import Part
 from cmr_diffusion.evaluation.patients import icc_table, neighbour_table
 from cmr_diffusion.evaluation.report import _check_splits, evaluate, read_synthetic
 from cmr_diffusion.evaluation.segmentation import SegConfig
@@ -123,25 +124,70 @@ def test_one_set_of_values_makes_one_patient(drawn, cache):
     assert (together.patients == 16).all()
 
 
+PARTS = ('values', 'tissue', 'patients', 'edges', 'physics', 'textures', 'distances', 'adherence', 'levels',
+         'agreement', 'image types', 'resolution', 'utility', 'readings', 'comparisons', 'tissue readings', 'privacy')
+
+
 def test_a_report_has_all_parts(drawn, cache, tmp_path):
-    "In the text, in the table, in the JSON, and as charts."
+    "In the text, in the table, in the JSON, and as charts; what is not assessed says why."
     report = evaluate(cache, drawn, SHORT, log=False, out=tmp_path/'report', device='cpu')
-    parts = ['values', 'tissue', 'patients', 'edges', 'adherence', 'levels', 'utility']
-    assert list(report.parts) == parts and all(part.table is not None for part in report.parts.values())
-    assert {f.stem for f in (report.folder/'charts').iterdir()} == set(parts)
-    kept = json.loads((report.folder/'report.json').read_text())['metrics']
+    assert tuple(report.parts) == PARTS
+    missing = {name: part.note for name, part in report.parts.items() if part.table is None}
+    assert all('not assessed: ' in note for note in missing.values()), missing
+    assert {f.stem for f in (report.folder/'charts').iterdir()} == set(report.charts)
+    kept = json.loads((report.folder/'report.json').read_text())
     names = ('tissue/T1/myocardium/slope', 'tissue/T2/left_ventricle/error', 'patients/T1/myocardium/icc',
              'levels/T2/right_ventricle/apical/bias', 'levels/T1/myocardium/basal/dice')
-    assert {*names} <= {*kept} and kept['tissue/T1/myocardium/slope'] == pytest.approx(1, abs=.02)
+    assert {*names} <= {*kept['metrics']} and kept['metrics']['tissue/T1/myocardium/slope'] == pytest.approx(1, abs=.02)
     text = report.text()
-    assert all(f'\n{name.capitalize()}: ' in text for name in parts)
-    evaluate(cache, drawn, SHORT, log=False, out=tmp_path/'report', device='cpu')  # takes the place of the first
+    assert all(f'\n{name.capitalize()}: ' in text for name in PARTS)
+    assert text.splitlines()[2].startswith('privacy: ')  # the first line after the title
+    assert kept['parts']['values']['table'][0]['bias_low'] <= kept['parts']['values']['table'][0]['bias']
+    assert set(report.parts['readings'].table.arm) == {
+        'real, 100 %', 'synthetic, 100 %', 'real + synthetic, 100 %', 'real, not augmented, 100 %'}
+    privacy = json.loads((drawn/'synthesis.json').read_text())['privacy']
+    assert privacy['verdicts'] == report.parts['privacy'].note.split('; ')
+    evaluate(cache, drawn, SHORT, True, log=False, out=tmp_path/'report', device='cpu')  # takes the place of the first
+    synthesize(checkpoint_of(cache), cache, drawn, values='draw', **PAINTING)  # its synthesis.json is ours all the same
+
+
+def checkpoint_of(cache):
+    "Another network that has learned nothing."
+    torch.manual_seed(1)
+    model = SDM(sdm_config('tiny', label_channels=cache.spec.channels, hidden=8, values=True))
+    known = grid_slices(cache, 'train')
+    measured = measure_slices(known, cache.spec, cache.values)
+    tissues = TissueModel.fit(measured, known.rows.patient, cache.spec.names)
+    return Checkpoint(EDMDenoiser(model), cache.spec, cache.values, cache.geometry, dict(run_id=None), tissues)
+
+
+def test_copies_make_the_evaluation_fail_after_it_is_written(drawn, cache, monkeypatch):
+    "Whether copies are found is for test_privacy.py; here they were."
+    found = pd.DataFrame([dict(type='T1', structure='', test='pixels', images=48, flagged=3, caught=.96)])
+    part = Part(found, 'copies, T1 (pixels): COPIES: 3 of 48 images are copies', 'test', ('flagged',), (), None)
+    monkeypatch.setattr('cmr_diffusion.evaluation.parts.privacy', lambda *arguments: part)
+    with pytest.raises(CMRError, match='3 of 48 synthetic images are copies of training images') as raised:
+        evaluate(cache, drawn, SHORT, True, log=False, device='cpu', max_copies=2)
+    assert str(drawn/'evaluation') in str(raised.value) and (drawn/'evaluation'/'report.html').is_file()
+    assert json.loads((drawn/'synthesis.json').read_text())['privacy']['verdicts'] == [part.note]
+
+
+def test_no_real_image_enters_a_run_unless_asked(drawn, cache, tmp_path, monkeypatch):
+    "The figure that is logged has no column of real images, and the page is not logged."
+    logged = []
+    monkeypatch.setattr('cmr_diffusion.evaluation.report._log',
+                        lambda report, root, run_id, shown, page: logged.append((len(shown.axes), page)) or 'run')
+    monkeypatch.setattr('cmr_diffusion.evaluation.report.check_store', lambda **options: None)
+    for log_real in (False, True):
+        evaluate(cache, drawn, SHORT, True, out=tmp_path/'out', device='cpu', log_real=log_real)
+    (without, no_page), (whole, page) = logged
+    assert (no_page, page) == (False, True) and whole * 3 == without * 4
 
 
 def test_deformed_hearts_of_held_out_patients_are_found(work, checkpoint, cache, obeyed, tmp_path):
     "Their masks are not recognised by their pixels, and the manifest refers to the patients."
     root = synthesize(checkpoint, cache, tmp_path/'deformed', splits=('test',), deform=True, **PAINTING)
-    evaluate(cache, root, SHORT, log=False, device='cpu')
+    evaluate(cache, root, SHORT, True, log=False, device='cpu')
     splits = pd.read_csv(root/'splits.csv')
     splits.assign(split='train').to_csv(root/'splits.csv', index=False)
     with pytest.raises(CMRError, match='painted into masks of held-out patients'):

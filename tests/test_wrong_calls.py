@@ -14,11 +14,11 @@ HUGE = str(10**30)
 LONG = (  # what nothing may reach after a wrong call: module and name
     ('cohort.phantom', 'fill_semmelweis'), ('cohort.quality', 'write_findings'), ('grid.cache', '_write'),
     ('training.learner', 'SDMLearner.fit'), ('synthesis.cohort', 'paint'),
-    ('evaluation.segmentation', 'train_segmentation'), ('evaluation.report', '_parts'))
+    ('evaluation.segmentation', 'train_segmentation'), ('evaluation.report', 'evaluation_parts'))
 WHOLE = dict(  # command: its options that take a whole number
     cmr_phantom='patients seed', cmr_check='observer seed', cmr_prepare='size jitter observer seed workers',
-    cmr_train='steps batch-size checks seed', cmr_sample='steps per-mask seed batch-size', cmr_evaluate='steps seed',
-    cmr_demo='patients size steps seed')
+    cmr_train='steps batch-size checks seed', cmr_sample='steps per-mask seed batch-size',
+    cmr_evaluate='steps generator-steps seed', cmr_demo='patients size steps seed')
 FROM_ZERO = ('seed', 'jitter', 'workers')  # whose 0 is right
 NUMBERS = dict(cmr_train='minutes learning-rate save-every', cmr_sample='guidance', cmr_demo='minutes guidance')
 RIGHT = dict(  # the words of a right call
@@ -55,13 +55,20 @@ WORDS = [  # commands, option, values, what the line names besides the option
     (('cmr_sample',), 'values', ('Draw', 'T1', 'T1 myocardium', 'T1 myocardium=', 'T1 myocardium=nan', 'T1 spleen=9',
                                  'T1 myocardium=-5', 'T1 myocardium=1e9', 'T1 myocardium=1200-1100', 'myocardium=50',
                                  'T1 myocardium=1100, T1 myocardium=1200', 'LGE myocardium=1'), '--values'),
-    (('cmr_sample',), 'format', ('NIfTI', 'dcm'), 'one of dicom, nifti')]
+    (('cmr_sample',), 'format', ('NIfTI', 'dcm'), 'one of dicom, nifti'),
+    (('cmr_evaluate',), 'judge', ('nnU-Net', 'Unet'), 'nnunet'),
+    (('cmr_evaluate',), 'max-copies', ('-1', 'nan', 'few'), '--max-copies'),
+    (('cmr_evaluate',), 'max-auc', ('0.4', '1.1', 'nan', 'low'), '--max-auc'),
+    (('cmr_evaluate',), 'fractions', ('0', '10,0', '-1', '10,,100', 'all', 'nan', '101'), 'fractions'),
+    (('cmr_evaluate',), 'spacings', ('0', '-1', '1.5,', 'fine', 'inf', '1000'), 'spacings'),
+    (('cmr_evaluate',), 'model', ('no/such', '{cache}', '{empty}'), ''),
+    (('cmr_evaluate',), 'encoders', ('no/such', '{junk}'), '')]
 EMPTY = {name: options for name, options in dict(
     cmr_check='layout out split scale pseudonymise',
     cmr_prepare='layout split type spacing crop scale pseudonymise',
     cmr_train='preset recipe init precision device experiment run-name resume batch-size register',
     cmr_sample='masks layout split type spacing sampler precision device values format',
-    cmr_evaluate='layout out device',
+    cmr_evaluate='layout out device model fractions spacings judge encoders',
     cmr_demo='out spacing device').items()}
 
 

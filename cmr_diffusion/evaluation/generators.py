@@ -6,9 +6,10 @@
 __all__ = ['UNUSED', 'only_patients', 'generators_folder', 'fraction_generator', 'painted_by', 'fraction_arms']
 
 # %% ../../nbs/64f_evaluation.generators.ipynb #64fn002
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from ..synthesis.settings import read_settings, SynthesisSettings
 from ..tracking import find_run, start_run
 from ..training.config import TrainConfig
 from ..training.learner import train
-from ..training.model import patients_digest
 
 # %% ../../nbs/64f_evaluation.generators.ipynb #64fn005
 UNUSED = 'unused'  # the split of training patients outside of a fraction

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AT_EACH', 'SEEDS', 'Subject', 'model_of', 'training_mismatch', 'holds_patients', 'AtSpacings', 'paint_at_spacings',
-           'answered', 'resolution_part', 'painted_arms', 'utility_parts', 'privacy_part', 'evaluation_parts']
+           'answered', 'resolution_part', 'painted_arms', 'arm_readings', 'utility_parts', 'privacy_part',
+           'evaluation_parts']
 
 # %% ../../nbs/65a_evaluation.parts.ipynb #65an036
 import json, tempfile
@@ -20,31 +21,33 @@ from ..cohort.table import read_cohort
 from ..core import choose_precision, CMRError, GridSlices, logger
 from .adherence import adherence
 from .agreement import agreement, image_types
-from .arms import arm_parts, arms, Painted
+from .arms import arm_name, arm_parts, arm_sets, arms, fraction_patients, Painted
 from .distances import distances
 from .edges import edges, grid_spacing
 from .features import features, find_encoders, segmentation_encoder
 from .fidelity import values
 from .generators import fraction_arms
+from .judges import published
 from .levels import by_level
+from .nnunet import export_nnunet, nnunet_rows
 from .overlap import Part
 from .patients import patients
 from .physics import physics
 from .privacy import privacy
 from .resolution import resolution
-from .segmentation import cached_segmentation, SegConfig, Segmenter
+from .segmentation import SegConfig, Segmenter
 from .textures import textures
 from .tissue import tissue
 from .utility import utility
 from ..grid.cache import CohortCache
-from ..grid.geometry import Geometry
 from ..grid.loaders import evenly, grid_slices
 from ..model.checkpoint import Checkpoint, load_checkpoint
+from ..model.fast_spade import fast
 from ..synthesis.cohort import synthesize
 from ..synthesis.records import MANIFEST
 from ..synthesis.settings import SynthesisSettings
 from ..tracking import resolve_run
-from ..training.model import patients_digest
+from ..training.config import patients_digest
 
 # %% ../../nbs/65a_evaluation.parts.ipynb #65an039
 @dataclass(frozen=True)
@@ -57,11 +60,12 @@ class Subject:
     settings: SynthesisSettings | None  # of the synthetic cohort; None: not known
     checkpoint: Checkpoint | None  # that painted it; None: not at hand
     config: SegConfig  # of the network that reads images, and of all arms
-    judge: SegConfig | None = None  # of the arms, where it is another one
     quick: bool = False  # one network per arm, all with augmentation, and no mean-grey control
     fractions: tuple[float, ...] = ()  # percent of the patients; (): only what the model has seen
     generator_steps: int | None = None  # of the training of each further generator; None: as of the model
     spacings: tuple[float, ...] = ()  # mm, at which test images are painted
+    judge: str = 'unet'  # networks of the arms: unet, published or nnunet
+    judge_weights: str = ''  # file with weights of the published network's encoder; '': random ones
     encoders: Path | str | None = None  # folder with weights of encoders
     seed: int = 0  # of controls, intervals and choices
     device: str | None = None  # 'cpu' or 'cuda'; None: a GPU where there is one
@@ -76,7 +80,9 @@ def model_of(
     "Load the model that painted a cohort; `CMRError` where the one that is given did not paint it."
     name = model if model is not None else settings.run_id if settings is not None else None
     if name is None: return None
-    try: found = load_checkpoint(resolve_run(name), device)
+    try:
+        found = load_checkpoint(resolve_run(name), device)
+        fast(found.model)
     except CMRError as e:
         if model is not None: raise
         logger.warning('%s; what needs the model is not assessed (--model names it)', e)
@@ -94,7 +100,9 @@ def training_mismatch(
     real: GridSlices,  # the real slices of all splits
 ) -> str:  # '' where there is none, or where nobody knows
     "Say in what the training patients of a model differ from those of a cache."
-    known = {} if checkpoint is None else checkpoint.info.get('trained_on') or {}
+    info = {} if checkpoint is None else checkpoint.info
+    known = info.get('trained_on') or {}
+    if info.get('started_from'): return 'the model started from weights that may have seen other patients (--init)'
     patients = real.of('train').rows.patient
     if not known or known.get('digest') == patients_digest(patients): return ''
     return f'the model was trained on {known.get("patients", "other")} patients who are not the ' \
@@ -164,8 +172,9 @@ def answered(
     ask: Callable[[], Part],  # computes a part
 ) -> Part:
     "Compute a part; where a `CMRError` is raised, it is the note of a part that is not assessed."
-    try: return ask()
+    try: part = ask()
     except CMRError as e: return Part(None, f'not assessed: {e}')
+    return part if part.table is not None else replace(part, note=part.note.replace('not computed: ', 'not assessed: '))
 
 def resolution_part(
     subject: Subject,  # what is evaluated
@@ -174,7 +183,8 @@ def resolution_part(
     "Paint at the spacings that were asked for, and compare sizes."
     s = subject
     if not s.spacings: return resolution(model, None)
-    if s.checkpoint is None: return Part(None, 'not assessed: the model that painted the images is not at hand (--model)')
+    missing = 'not assessed: the model that painted the images is not at hand (--model)'
+    if s.checkpoint is None: return Part(None, missing)
     if not (s.real.rows.split == 'test').any(): return Part(None, 'not assessed: the cache has no test patient')
     at = paint_at_spacings(s.checkpoint, s.cache, s.settings, s.spacings, seed=s.seed)
     if at is None: return Part(None, 'not assessed: at none of the spacings could be painted; try others')
@@ -199,6 +209,29 @@ def painted_arms(
     found = fraction_arms(s.cache, s.fractions, cohort, s.checkpoint, s.settings, s.generator_steps, s.seed, s.device)
     return {float(percent): parts for percent, parts in found.items()}
 
+def arm_readings(
+    subject: Subject,  # what is evaluated
+    folder: Path,  # keeps the networks
+) -> pd.DataFrame:  # as from `arms`
+    "Let the networks of the judge read the real test images, once for every arm."
+    s, painted = subject, painted_arms(subject)
+    if s.judge != 'nnunet':
+        config = s.config
+        if s.judge == 'published': config = replace(published(s.judge_weights), steps=config.steps)
+        return arms(s.real, painted, s.cache.values, s.cache.geometry, config, range(1 if s.quick else SEEDS),
+                    not s.quick, folder, s.device, s.seed)
+    known, sets = s.real.of('train').rows.patient, {}
+    for percent, cohorts in painted.items():
+        chosen = arm_sets(s.real, fraction_patients(known, percent, s.seed), cohorts, percent)
+        sets |= {arm_name(images, percent, True): (percent, slices) for images, slices in chosen.items()}
+    about = s.real.of('test'), s.cache.values, s.cache.geometry
+    place = s.root.with_name(f'{s.root.name}_nnunet')
+    export_nnunet({name: slices for name, (_, slices) in sets.items()}, *about, place)
+    rows = nnunet_rows(place, *about)
+    if not len(rows):
+        raise CMRError(f'the arms are exported for nnU-Net; type bash {place/"train.sh"} and evaluate again')
+    return rows.assign(percent=[float(sets[name][0]) for name in rows.arm])
+
 def utility_parts(
     subject: Subject,  # what is evaluated
     folder: Path,  # keeps the networks
@@ -208,11 +241,9 @@ def utility_parts(
     if not (s.real.rows.split == 'test').any(): problem = 'the cache has no test patient'
     try:
         if problem: raise CMRError(problem)
-        rows = arms(s.real, painted_arms(s), s.cache.values, s.cache.geometry, s.judge or s.config,
-                    range(1 if s.quick else SEEDS), not s.quick, folder, s.device, s.seed)
+        return arm_parts(arm_readings(s, folder), s.seed)
     except CMRError as e:
         return dict.fromkeys(('readings', 'comparisons', 'tissue readings'), Part(None, f'not assessed: {e}'))
-    return arm_parts(rows, s.seed)
 
 def privacy_part(
     subject: Subject,  # what is evaluated

@@ -215,10 +215,11 @@ def comparisons(
     table = paired_table(rows, against, seed)
     if not len(table): return Part(None, f'not assessed: there are no two arms, or none is {against!r}')
     table = table.assign(of=table.arm + ' ' + table.measure)
-    lines = [f'{"":66}{"difference [95 %]":>26}{"floor":>8}{"p":>8}']
+    width = max(map(len, table.arm)) + 2
+    lines = [f'{"":{width + 40}}{"difference [95 %]":>26}{"floor":>8}{"p":>8}']
     for r in table.itertuples():
         difference = f'{r.difference:+.3f} [{r.difference_low:+.3f}, {r.difference_high:+.3f}]'
-        name = f'{r.type + " " + r.structure:24}{r.arm:26}{r.measure:14}'
+        name = f'{r.type + " " + r.structure:24}{r.arm:{width}}{r.measure:14}'
         lines.append(f'  {name}{difference:>26}{r.floor:8.3f}{r.p:8.3f}  {r.verdict}')
     note = f'differences to {against!r} in the same patients, judged by margins of ' + \
            ', '.join(f'{margin:g} ({measure})' for measure, margin in MARGINS.items())

@@ -27,11 +27,11 @@ from .callbacks import (
 from .checks import (
     CheckpointWriter, DivergenceGuard, ProgressBar, SampleGrid, TrackingCallback)
 from .config import (
-    Decay, LearningRate, Positive, Precision, Preset, Recipe, Seed, Share, TrainConfig)
+    Decay, LearningRate, Positive, Precision, Preset, Recipe, Seed, Share, TrainConfig, trained_on)
 from .continuing import (
     adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, log_settings, only_here,
     out_of_memory, point_to_resume, resume_folder, tell_start, weights_of, writing_folder)
-from .model import SDMLearner, new_denoiser, standardize_values, start_from, tissue_model, trained_on
+from .model import SDMLearner, new_denoiser, standardize_values, start_from, tissue_model
 from ..processes import check_dealt, is_lost, is_main, several, world_size
 from .resume import learn_again, newest_point, points_in, ResumePoint
 from .stopping import resume_line, ResumeWriter, stop_signals, StopFlag
@@ -189,6 +189,7 @@ def _fit_in_run(
     "Train a learner in the open run until the end of the training."
     run, first = open_run(), 0 if point is None else point.state.epoch
     learn.path, learn.checkpoint.info['run_id'] = run.folder or learn.path, run.id
+    learn.checkpoint.info['started_from'] = digest  # of the weights; '' for none
     check_room(learn)
     log_settings(learn, config)
     tell_start(learn, config)
