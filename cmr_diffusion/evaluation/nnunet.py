@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NNUNET', 'acquired', 'export_nnunet', 'read_nnunet', 'nnunet_rows']
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn002
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn035
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,7 +25,7 @@ from ..grid.geometry import Geometry
 from ..output import progress
 from ..results import result
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn006
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn038
 def acquired(
     label_map: np.ndarray,  # (S, S) uint8, `PADDING` outside the acquired matrix
 ) -> tuple[int, int]:  # rows and columns of the matrix, which begins in the top-left corner
@@ -46,7 +46,7 @@ def _write_plane(path, plane, spacing):
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(image, path)
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn009
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn041
 def _labels(sets, test, image_type):
     "Return name -> number, without gaps, of the structures that any slice of a type may show."
     rows = pd.concat([slices.rows for slices in (*sets.values(), test)])
@@ -65,7 +65,7 @@ def _test_digest(test):
     for array in (test.images, test.label_maps): digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn011
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn043
 def _write_cases(folder, part, slices, numbers, labels, transforms, spacings):
     "Write images and labels of slices; the rows of the key."
     ending, key = ('Tr' if part == 'train' else 'Ts'), []
@@ -96,7 +96,7 @@ def _write_dataset(folder, arm, image_type, sets, test, transforms, geometry):
     (folder/'dataset.json').write_text(json.dumps(about, indent=1) + '\n')
     return key
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn013
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn045
 NNUNET = '2.8.1'  # the version that was tried
 _SCRIPT = '''#!/usr/bin/env bash
 # Trains nnU-Net v2 on every data set of this folder, and predicts its test images. A trial on a CPU:
@@ -118,8 +118,9 @@ for R in $REPETITIONS; do
   for DATASET in DATASETS; do
     ID="${DATASET:7:3}"
     FOUND="predictions/$DATASET/repetition_$R"
-    if [ ! -d "$nnUNet_preprocessed/$DATASET" ]; then
+    if [ ! -e "$nnUNet_preprocessed/$DATASET/complete" ]; then
       nnUNetv2_plan_and_preprocess -d "$ID" --verify_dataset_integrity -c 2d
+      touch "$nnUNet_preprocessed/$DATASET/complete"
     fi
     nnUNetv2_train "$ID" 2d all -tr "$TRAINER" -device "$DEVICE"
     RAW="$nnUNet_raw/$DATASET"
@@ -131,7 +132,7 @@ done
 
 def _script(names): return _SCRIPT.replace('VERSION', NNUNET).replace('DATASETS', ' '.join(names))
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn015
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn047
 def _digest(sets, test, transforms, geometry):
     "Return a text that changes with all that is exported."
     about = {name: value.to_json() for name, value in sorted(transforms.items())}, asdict(geometry)
@@ -159,7 +160,7 @@ def _names(sets, test):
             raise CMRError(f'arm {arm!r} has no {image_type} image to train on; leave out the arm, or test other types')
     return {f'Dataset{501 + n}_{_plain(arm)}_{_plain(t)}': (arm, t) for n, (arm, t) in enumerate(chosen)}
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn016
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn048
 def export_nnunet(
     sets: dict[str, GridSlices],  # name of the arm -> training slices, as from `arms.arm_sets`
     test: GridSlices,  # real slices of held-out patients
@@ -168,7 +169,7 @@ def export_nnunet(
     folder: Path | str,  # of the export, outside of every cohort; it will hold images of real patients
 ) -> list[Path]:  # folder of each data set, one per arm and type
     """Export the arms as data sets of nnU-Net v2, with the script `train.sh`; `CMRError` where an arm
-    lacks a type of the test. Source: Isensee et al. 2021, Nat. Methods 18, 203, and nnU-Net's page on its format."""
+    lacks a type of the test. Source: Isensee et al. 2021, Nat. Methods 18, 203-211; nnU-Net's documents."""
     for slices in sets.values(): check_training_rows(slices.rows)
     names, content = _names(sets, test), _digest(sets, test, transforms, geometry)
     place = Path(folder).resolve()
@@ -183,7 +184,7 @@ def export_nnunet(
             (room/'export.json').write_text(json.dumps(dict(datasets=datasets, content=content), indent=1) + '\n')
     return [place/'nnUNet_raw'/name for name in names]
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn024
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn056
 def _read_case(path, labels, shape):
     "Read the label map of one case, with the numbers of `STRUCTURES` and the shape of the acquired matrix."
     import nibabel  # here, since a training needs no NIfTI
@@ -217,7 +218,7 @@ def read_nnunet(
     if missing: raise CMRError(f'no predictions for {sorted(missing)[0]} images; give the folder of each type')
     return read
 
-# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn029
+# %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn061
 def nnunet_rows(
     folder: Path | str,  # of the export
     test: GridSlices,  # the N test slices that were exported
