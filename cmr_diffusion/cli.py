@@ -228,10 +228,10 @@ def cmr_evaluate(
     fractions: str = None,  # percent of the training patients, as 10,100: each gets a generator of its own
     generator_steps: Steps = None,  # of the training of each of these generators (default: as of the model)
     spacings: str = None,  # mm, as 1.5,2,2.5: paints 60 test masks at each, to see whether sizes come out right
-    judge: Judge = 'unet',  # networks of the arms: unet, published (Kalapos et al. 2023), nnunet (exported only)
+    judge: Judge = 'unet',  # networks of the arms: unet, published (Kalapos 2023), nnunet (only exported)
     judge_weights: str = None,  # file with weights of the published judge's encoder (default: random ones)
     encoders: str = None,  # folder with weights of published encoders, for the distances of features
-    max_copies: Annotated[float, Interval(ge=0)] = None,  # exit code 1 where more images (or a share) are copies
+    max_copies: Annotated[float, Interval(ge=0)] = None,  # exit code 1 where more images (below 1: share) are copies
     max_auc: Annotated[float, Interval(ge=.5, le=1)] = None,  # the same where membership may be told better than this
     log_real: bool = False,  # let images of real patients enter the MLflow run
     layout: str = 'semmelweis',  # of SYNTHETIC
@@ -241,19 +241,22 @@ def cmr_evaluate(
 ):
     "Say how good a synthetic cohort is: like real images, true to its masks, of use in training, and no copies."
     from dataclasses import replace
+    from cmr_diffusion.evaluation.privacy import check_privacy
     from cmr_diffusion.evaluation.report import evaluate
     from cmr_diffusion.evaluation.segmentation import QUICK, SegConfig
     from cmr_diffusion.tracking import ui_command
     config = QUICK if quick else SegConfig()
     if steps is not None: config = replace(config, steps=steps)
-    lists = dict(fractions=numbers_of('fractions', fractions), spacings=numbers_of('spacings', spacings))
+    lists = dict(fractions=numbers_of('fractions', fractions, 100), spacings=numbers_of('spacings', spacings))
     options = dict(quick=quick, layout=layout, out=out, seed=seed, device=choose_device(device), model=model,
                    generator_steps=generator_steps, judge=judge, judge_weights=judge_weights or '',
-                   max_copies=max_copies, encoders=encoders, max_auc=max_auc, log_real=log_real)
+                   encoders=encoders, log_real=log_real)
     report = evaluate(cache, synthetic, config, **options, **lists)
     print(report.text())
     print(f'look at it: {report.folder/"report.html"}')
     print(f'and at the run: {ui_command()}')
+    try: check_privacy(report.parts['privacy'], max_copies, max_auc)
+    except CMRError as e: raise SystemExit(f'cmr_evaluate: {e}') from None
 
 # %% ../nbs/70_cli.ipynb #500022
 @command

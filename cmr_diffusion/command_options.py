@@ -67,13 +67,15 @@ def splits_of(
 def numbers_of(
     option: str,  # its name, for the message
     text: str | None,  # as typed: '10,100'
+    most: float = math.inf,  # the largest that is allowed
 ) -> tuple[float, ...]:  # empty where nothing was typed
     "Read numbers above 0; raise `CMRError` if one cannot be read."
     if text is None: return ()
     try: numbers = tuple(float(part) for part in text.split(','))
     except ValueError: numbers = ()
-    if numbers and all(0 < number < math.inf for number in numbers): return numbers
-    raise CMRError(f'--{option} {text!r}: give numbers above 0 with commas, as 1.5,2')
+    if numbers and all(0 < number < math.inf and number <= most for number in numbers): return numbers
+    limit = '' if most == math.inf else f' and up to {most:g}'
+    raise CMRError(f'--{option} {text!r}: give numbers above 0{limit} with commas')
 
 # %% ../nbs/69a_command_options.ipynb #69a012
 def secret_in(

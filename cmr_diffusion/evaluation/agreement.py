@@ -21,7 +21,7 @@ from .adherence import derangement
 from .edges import grid_spacing
 from .features import features, segmentation_encoder
 from .fidelity import resampled, source_patients
-from .floors import halves, verdict
+from .floors import halves, LEAST_PATIENTS, verdict
 from .overlap import DICE_COLOURS, first_split, pair_chart, Part, row_names
 from .segmentation import segment, Segmenter
 from .surfaces import SURFACE_MEASURES, surface_rows
@@ -109,11 +109,24 @@ def _against_real(own, real, paired, seed):
     found = dict(difference=difference, difference_low=low, difference_high=high)
     judged = verdict(max(low, 0), max(high, 0), MARGIN)  # closer is no fault
     if _missed_share(own) - _missed_share(real) > MISSED_MARGIN: judged = 'beyond'
+    if min(map(len, values)) < LEAST_PATIENTS: judged = ''
     return found | _floor(values[1], seed) | dict(verdict=judged)
 
 # %% ../../nbs/63d_evaluation.agreement.ipynb #63dn047
 _JUDGED = ['difference', 'difference_low', 'difference_high', 'floor', 'floor_high']
 _NOT_JUDGED = dict.fromkeys(_JUDGED, np.nan) | dict(verdict='')
+
+def _with_control(table):
+    "Take back the verdicts of structures in which the network does not tell a mask from that of another patient."
+    at = table.set_index(['images', 'type', 'structure'])
+    table = table.assign(caught='')
+    for n, row in table.iterrows():
+        names = [(images, row['type'], row.structure) for images in ('shuffled', 'real')]
+        if row.images != 'synthetic' or not all(name in at.index for name in names): continue
+        seen = at.surface_95_low[names[0]] > at.surface_95_high[names[1]]
+        table.loc[n, 'caught'] = 'yes' if seen else 'no'
+        if not seen: table.loc[n, 'verdict'] = ''
+    return table
 
 def agreement_table(
     rows: pd.DataFrame,  # as from `read_surfaces`
@@ -124,13 +137,15 @@ def agreement_table(
     structure, the measures of `surfaces.SURFACE_MEASURES` in mm with their 95 % intervals (NAME_low, NAME_high),
     patients, volumes, slices, missed, invented, unmeasured, missed_share; and for synthetic images the difference of
     the 95th percentile to that of real ones with its interval, floor and floor_high (real against real, by halves of
-    the patients), and verdict ('within' or 'beyond' the margin, 'open', '' where there are no real images)."""
+    the patients), verdict ('within' or 'beyond' the margin, 'open', '' where there are no real images, fewer than
+    `LEAST_PATIENTS` patients, or where the control was missed) and caught ('yes' where the masks of other patients are
+    read worse than those of real images, else 'no': then the network cannot tell)."""
     table, known = [], rows[rows.images == 'real']
     for (images, image_type, structure), own in rows.groupby(['images', 'type', 'structure'], sort=False):
         real = known[(known.type == image_type) & (known.structure == structure)]
         one = dict(images=images, type=image_type, structure=structure) | _with_intervals(own, seed) | _NOT_JUDGED
         table.append(one | (_against_real(own, real, paired, seed) if images == 'synthetic' and len(real) else {}))
-    return pd.DataFrame(table)
+    return _with_control(pd.DataFrame(table))
 
 # %% ../../nbs/63d_evaluation.agreement.ipynb #63dn055
 TYPE_MARGIN = .02  # by which the accuracy may be below that of real images: as much as Dice may
@@ -171,7 +186,8 @@ def type_table(
         difference, low, high = difference_interval(hits, real_hits, False, seed=seed)
         one |= dict(difference=difference, difference_low=low, difference_high=high, floor=np.nan, floor_high=np.nan)
         one |= _floor(real_hits, seed) | dict(chance=1 / known.rows.type.nunique())
-        table.append(one | dict(verdict=verdict(min(low, 0), min(high, 0), TYPE_MARGIN)))  # better is no fault
+        word = verdict(min(low, 0), min(high, 0), TYPE_MARGIN)  # better is no fault
+        table.append(one | dict(verdict=word if min(len(hits), len(real_hits)) >= LEAST_PATIENTS else ''))
     return pd.DataFrame(table)
 
 # %% ../../nbs/63d_evaluation.agreement.ipynb #63dn061
@@ -205,7 +221,8 @@ def agreement_lines(
         high = f'{r.surface_95:.2f} [{r.surface_95_low:.2f}, {r.surface_95_high:.2f}]'
         line = f'  {r.type + " " + r.structure:26}{r.images:12}{r.surface_median:8.2f}{high:>22}{r.missed:8}'
         difference = f'{r.difference:+.2f} [{r.difference_low:+.2f}, {r.difference_high:+.2f}]'
-        judged = f'{difference:>24}{r.floor_high:8.2f}  {r.verdict}' if np.isfinite(r.difference) else ''
+        word = r.verdict or 'not judged'
+        judged = f'{difference:>24}{r.floor_high:8.2f}  {word}' if np.isfinite(r.difference) else ''
         lines.append(line + judged)
     return (*lines, f'  mm; the 95th percentile may be larger than that of real images by {MARGIN:g} mm')
 

@@ -230,6 +230,8 @@ def arm_readings(
     rows = nnunet_rows(place, *about)
     if not len(rows):
         raise CMRError(f'the arms are exported for nnU-Net; type bash {place/"train.sh"} and evaluate again')
+    missing = sorted(set(sets) - set(rows.arm))
+    if missing: logger.warning('nnU-Net has predicted nothing yet for: %s', '; '.join(missing))
     return rows.assign(percent=[float(sets[name][0]) for name in rows.arm])
 
 def utility_parts(

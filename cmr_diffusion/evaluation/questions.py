@@ -131,4 +131,4 @@ SHOWN = {
     'nearest to training': 'The images that are nearest to a training image, without the heart. Small numbers may be '
                            'copies: the part privacy says from which distance on.',
     'nearest to a training image': 'Synthetic images above the training images that are nearest to them, with their '
-                                   'distance. The lower row shows patients of the training cohort.'}
+                                   'distance. The lower row shows images of the training cohort.'}

@@ -16,6 +16,7 @@ from scipy.stats import t, wilcoxon
 
 from ..core import BACKGROUND, GridSlices, PADDING, STRUCTURES
 from .agreement import mean_interval, surface_chart
+from .floors import LEAST_PATIENTS
 from .overlap import dice, Part, structures_of
 from .surfaces import SURFACE_MEASURES, surface_rows
 from ..figures import Picture
@@ -114,6 +115,7 @@ def _compared(own, base, measure, seed):
     p = float(wilcoxon(differences).pvalue) if len(differences) >= 6 and differences.any() else np.nan
     floor, margin = _seed_floor(base, measure), MARGINS[measure]
     word = judged(low, high, margin, _BETTER[measure])
+    if len(differences) < LEAST_PATIENTS: word = ''
     if word and floor > margin and abs(mean) <= floor: word = 'open'  # another seed might say the opposite
     return dict(measure=measure, patients=len(differences), difference=mean, difference_low=low, difference_high=high,
                 p=p, floor=floor, margin=margin, verdict=word)

@@ -165,10 +165,15 @@ def _pictures(subject: Subject, model: Segmenter) -> dict[str, Figure]:
     except CMRError: return drawn  # there is no pair
 
 # %% ../../nbs/66_evaluation.report.ipynb #66k002
+def _facts(cache):
+    "Collect what the card may say about the cohort."
+    drawn = dict(name='a cohort that was made by a program', source='drawn, no patient', licence='none is needed')
+    return facts_of_cohort(cache, **{} if holds_patients(cache) else drawn)
+
 def _write_card(report: Report, folder: Path, subject: Subject):
     "Write the model card into a folder, unless somebody has edited the one that is there."
     if subject.checkpoint is None: return
-    try: write_card(folder, model_card(subject.checkpoint, report, facts_of_cohort(subject.cache)))
+    try: write_card(folder, model_card(subject.checkpoint, report, _facts(subject.cache)))
     except CMRError as e: logger.warning('%s', e)
 
 # %% ../../nbs/66_evaluation.report.ipynb #450015
@@ -247,6 +252,7 @@ def evaluate(
     Sources: Dice, Ecology 26:297 (1945); the percentile bootstrap over patients, Efron and Tibshirani (1993); the
     intraclass correlation, Shrout and Fleiss, Psychological Bulletin 86:420 (1979).
     """
+    if generator_steps and not fractions: raise CMRError('--generator-steps: give --fractions, too, as 10,100')
     device, root, config = choose_device(device), Path(root), config or (QUICK if quick else SegConfig())
     if not isinstance(cache, CohortCache): cache = CohortCache.load(cache)
     if log: check_store(write=True)

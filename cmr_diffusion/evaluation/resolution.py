@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..core import BACKGROUND, CMRError, GridSlices, LEFT_VENTRICLE, MYOCARDIUM, PADDING
 from .agreement import mean_interval
 from .fidelity import resampled
-from .floors import verdict
+from .floors import LEAST_PATIENTS, verdict
 from .overlap import Part
 from .segmentation import segment, Segmenter
 from ..figures import Picture
@@ -85,7 +85,7 @@ def size_table(
     """Summarise read against asked sizes. The columns are type, structure, size, spacing, slices (in which it was
     read), missed (in which it was not), patients, asked and read (means, mm), error (read / asked - 1, mean over
     patients) with its 95 % interval, slope with its interval, offset (mm), and verdict: 'within' or 'beyond' `MARGIN`,
-    or 'open'."""
+    'open', or '' with fewer than `LEAST_PATIENTS` patients."""
     rng, table = np.random.default_rng(seed), []
     for (image_type, size, spacing), some in rows.groupby(['type', 'size', 'spacing']):
         own = some[some['read'].notna()]
@@ -93,6 +93,7 @@ def size_table(
                      missed=len(some) - len(own), patients=own.patient.nunique())
         numbers = dict(asked=float(own.asked.mean()), read=float(own['read'].mean())) | _error(own, seed)
         judged = verdict(numbers['error_low'], numbers['error_high'], MARGIN)
+        if about['patients'] < LEAST_PATIENTS: judged = ''
         table.append(about | numbers | _line(own, draws, rng) | dict(verdict=judged))
     return pd.DataFrame(table)
 
