@@ -154,7 +154,7 @@ def test_clipped_pixels_are_told(cache, tmp_path, caplog, bias, told):
 def test_the_settings_are_read(checkpoint, cache, tmp_path):
     out = synthesize(checkpoint, cache, tmp_path/'out', ('test',), guidance=2, seed=np.int64(3), **QUICK)
     found, content = read_settings(out), json.loads((out/'synthesis.json').read_text())
-    assert (found.format, found.guidance, found.seed, found.images, found.run_id) == (2, 2., 3, 2, 'abc')
+    assert (found.format, found.guidance, found.seed, found.images, found.run_id) == (3, 2., 3, 2, 'abc')
     del content['format'], content['precision']  # of before there was a number
     (out/'synthesis.json').write_text(json.dumps(content))
     assert read_settings(out) == replace(found, format=0, precision='')
