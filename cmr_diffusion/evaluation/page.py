@@ -188,8 +188,9 @@ and do not mail it.</p>
 {% endfor %}</ul>
 <p class="small">A figure is <b class="good">within</b> where its whole 95 % interval lies inside the margin that was
 stated beforehand, <b class="bad">beyond</b> where the interval lies outside, and <b class="open">open</b> where it
-reaches across: then there are too few images to tell. A figure that missed its control did not notice images that were
-spoilt on purpose, so that its verdict says nothing.</p>'''
+reaches across: then there are too few images to tell. Arms of networks are better or worse than real images by more
+than the margin, equal within it, or no better and no worse where the interval excludes one of the two. A figure
+that missed its control did not notice images that were spoilt on purpose, so that its verdict says nothing.</p>'''
 
 # %% ../../nbs/65d_evaluation.page.ipynb #65dn048
 _BODY = '''

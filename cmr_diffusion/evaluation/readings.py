@@ -189,6 +189,10 @@ def bland_altman_chart(
 # %% ../../nbs/64d_evaluation.readings.ipynb #64dn027
 _CYCLE = ('#009E73', '#0072B2', '#D55E00', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#000000', '#8B4513', '#6A5ACD')
 
+def _cell(number, width):
+    "Write a number with three decimals; a dash where there is none."
+    return f'{number:{width}.3f}' if np.isfinite(number) else f'{"-":>{width}}'
+
 def readings(
     rows: pd.DataFrame,  # as from `arm_rows`
     seed: int = 0,  # of the bootstrap
@@ -196,12 +200,13 @@ def readings(
     "Summarise what the networks of every arm read in real held-out patients."
     if not len(rows): return Part(None, 'not assessed: no network has read a held-out patient')
     table = readings_table(rows, seed)
-    lines = [f'{"":52}{"Dice [95 %]":>22}{"seeds":>8}{"95th percentile, mm":>22}{"mean":>7}{"missed":>8}']
+    width = max(map(len, table.arm)) + 2
+    lines = [f'{"":{width + 26}}{"Dice [95 %]":>22}{"seeds":>8}{"95th percentile, mm":>22}{"mean":>7}{"missed":>8}']
     for r in table.itertuples():
         dice, distance = (f'{r[0]:.{d}f} [{r[1]:.{d}f}, {r[2]:.{d}f}]' for d, r in (
             (3, (r.dice, r.dice_low, r.dice_high)), (2, (r.surface_95, r.surface_95_low, r.surface_95_high))))
-        name = f'{r.type + " " + r.structure:24}{r.arm:26}'
-        lines.append(f'  {name}{dice:>22}{r.seed_sd:8.3f}{distance:>22}{r.surface_mean:7.2f}{r.missed:8}')
+        name = f'{r.type + " " + r.structure:24}{r.arm:{width}}'
+        lines.append(f'  {name}{dice:>22}{_cell(r.seed_sd, 8)}{distance:>22}{r.surface_mean:7.2f}{r.missed:8}')
     note = f'{rows.patient.nunique()} real held-out patients, read by networks of {table.arm.nunique()} arms and ' \
            f'{rows.seed.nunique()} seeds; intervals by patient'
     chart = surface_chart(table, 'arm', dict(zip(table.arm.unique(), cycle(_CYCLE))))
@@ -222,7 +227,7 @@ def comparisons(
     for r in table.itertuples():
         difference = f'{r.difference:+.3f} [{r.difference_low:+.3f}, {r.difference_high:+.3f}]'
         name = f'{r.type + " " + r.structure:24}{r.arm:{width}}{r.measure:14}'
-        lines.append(f'  {name}{difference:>26}{r.floor:8.3f}{r.p:8.3f}  {r.verdict}')
+        lines.append(f'  {name}{difference:>26}{_cell(r.floor, 8)}{_cell(r.p, 8)}  {r.verdict}')
     note = f'differences to {against!r} in the same patients, judged by margins of ' + \
            ', '.join(f'{margin:g} ({measure})' for measure, margin in MARGINS.items())
     if rows.seed.nunique() < 2: note += '; one seed only, so the chance of the training is not known'
