@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..cohort.table import read_cohort
-from ..core import CMRError, logger
+from ..core import CMRError, logger, Stopped
 from .arms import fraction_patients, Painted
 from ..grid.cache import CohortCache
 from ..grid.loaders import grid_slices
@@ -66,16 +66,23 @@ def _begun(place: Path) -> str | None:
     "The run of a training that was stopped; None where there is none that can go on."
     with suppress(OSError, CMRError): return find_run((place/'run.txt').read_text()).info.run_id
 
+def _run_training(view: CohortCache, config: TrainConfig, device: str | None, **run) -> Path | None:
+    "Train in a run, from its start (`run_id`) or from where it was stopped (`resume`); the folder of the checkpoint."
+    try: return train(view, config, device=device, **run)[1]
+    except Stopped as e:
+        said = 'the training of a generator was stopped; the same evaluation, called again, goes on with it'
+        raise Stopped(said, e.code - 128) from None
+
 def _trained(view: CohortCache, config: TrainConfig, place: Path, name: str, device: str | None) -> Path | None:
     "Train a generator in a run of its own, or go on with it; the folder of its checkpoint."
     run_id = _begun(place)
     if run_id is not None:
-        try: return train(view, config, device=device, resume=run_id)[1]
+        try: return _run_training(view, config, device, resume=run_id)
         except CMRError as e: logger.warning('%s; the generator is trained anew', e)
     with start_run(run_name=name) as run: pass
     place.mkdir(parents=True, exist_ok=True)
     with atomic_path(place/'run.txt') as new: new.write_text(run.id)
-    return train(view, config, device=device, run_id=run.id)[1]
+    return _run_training(view, config, device, run_id=run.id)
 
 def fraction_generator(
     view: CohortCache,  # as from `only_patients`
