@@ -229,7 +229,8 @@ def points(name):
     found = {k: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, k)] for k in keys}
     single = {(k, step): value for k, history in found.items() for step, value in history}
     assert sum(map(len, found.values())) == len(single)  # one point per step
-    counts = {name: len(client.list_artifacts(run.info.run_id, name)) for name in ('images', 'checkpoint')}
+    files = {name: client.list_artifacts(run.info.run_id, name) for name in ('images', 'checkpoint')}
+    counts = {name: sum(not f.path.endswith('MODEL_CARD.md') for f in own) for name, own in files.items()}
     return single | counts
 
 
