@@ -92,7 +92,7 @@ def test_the_same_seed_paints_the_same_images(place, cache, trained, synthetic):
 
 
 def test_evaluation_is_logged_in_the_run_that_trained(place, store, cache, trained, synthetic):
-    from cmr_diffusion.tracking import find_run
+    from cmr_diffusion.tracking import find_run, resolve_run
     out = place.must('cmr_evaluate', cache, synthetic, '--quick', '--steps', 20)
     run = find_run(trained)
     assert json.loads((synthetic/'synthesis.json').read_text())['run_id'] == run.info.run_id
@@ -100,6 +100,8 @@ def test_evaluation_is_logged_in_the_run_that_trained(place, store, cache, train
     assert 'Adherence' in out and 'Utility' in out and str(figure) in out and figure.is_file()
     for part in ('values', 'tissue', 'edges', 'adherence', 'levels', 'utility'):
         assert any(k.startswith(f'evaluation/{part}/T1/') for k in run.data.metrics), run.data.metrics
+    card = (resolve_run(trained)/'MODEL_CARD.md').read_text()  # that of the training has been replaced
+    assert card == (synthetic/'evaluation'/'MODEL_CARD.md').read_text() and '## Privacy' in card
 
 
 NO_ACDC = shared_data() is None or not (shared_data()/'acdc').is_dir()

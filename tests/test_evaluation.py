@@ -42,15 +42,18 @@ def cache(work):
     return prepare(cohort, work/'cache', Geometry(32, 2., 'heart'), workers=0)
 
 
-@pytest.fixture(scope='module')
-def checkpoint(cache):
+def untrained(cache, seed):
     "A network that has learned nothing, with the tissue values of the training patients."
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = SDM(sdm_config('tiny', label_channels=cache.spec.channels, hidden=8, values=True))
     known = grid_slices(cache, 'train')
     measured = measure_slices(known, cache.spec, cache.values)
     tissues = TissueModel.fit(measured, known.rows.patient, cache.spec.names)
     return Checkpoint(EDMDenoiser(model), cache.spec, cache.values, cache.geometry, dict(run_id=None), tissues)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(cache): return untrained(cache, 0)
 
 
 def obedient(checkpoint, grids, seeds, values=None, **options):
@@ -148,17 +151,7 @@ def test_a_report_has_all_parts(drawn, cache, tmp_path):
     privacy = json.loads((drawn/'synthesis.json').read_text())['privacy']
     assert privacy['verdicts'] == report.parts['privacy'].note.split('; ')
     evaluate(cache, drawn, SHORT, True, log=False, out=tmp_path/'report', device='cpu')  # takes the place of the first
-    synthesize(checkpoint_of(cache), cache, drawn, values='draw', **PAINTING)  # its synthesis.json is ours all the same
-
-
-def checkpoint_of(cache):
-    "Another network that has learned nothing."
-    torch.manual_seed(1)
-    model = SDM(sdm_config('tiny', label_channels=cache.spec.channels, hidden=8, values=True))
-    known = grid_slices(cache, 'train')
-    measured = measure_slices(known, cache.spec, cache.values)
-    tissues = TissueModel.fit(measured, known.rows.patient, cache.spec.names)
-    return Checkpoint(EDMDenoiser(model), cache.spec, cache.values, cache.geometry, dict(run_id=None), tissues)
+    synthesize(untrained(cache, 1), cache, drawn, values='draw', **PAINTING)  # its synthesis.json is ours all the same
 
 
 def test_copies_make_the_evaluation_fail_after_it_is_written(drawn, cache, monkeypatch):

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from ..cohort.table import read_cohort
 from ..core import choose_device, CMRError, GridSlices, logger, one_line
-from .card import CARD, facts_of_cohort, model_card, write_card
+from .card import CARD, copy_card, facts_of_cohort, model_card, write_card
 from .copies import all_distances, nearest_pairs
 from .fidelity import of_one_split
 from .overlap import check_leak, check_sources, mask_key
@@ -171,9 +171,13 @@ def _facts(cache):
     return facts_of_cohort(cache, **{} if holds_patients(cache) else drawn)
 
 def _write_card(report: Report, folder: Path, subject: Subject):
-    "Write the model card into a folder, unless somebody has edited the one that is there."
+    "Write the model card into the folder of a report; there is none where the model is not at hand."
     if subject.checkpoint is None: return
-    try: write_card(folder, model_card(subject.checkpoint, report, _facts(subject.cache)))
+    write_card(folder, model_card(subject.checkpoint, report, _facts(subject.cache)))
+
+def _copy_card(out: Path, folder: Path):
+    "Copy the model card of a report beside the weights, unless somebody has edited the one that is there."
+    try: copy_card(out, folder)
     except CMRError as e: logger.warning('%s', e)
 
 # %% ../../nbs/66_evaluation.report.ipynb #450015
@@ -278,7 +282,7 @@ def evaluate(
     logged = dict(shown=shown, page=log_real or not secret) if log else None
     also = partial(write_page, shows_patients=secret), partial(_write_card, subject=subject)
     _keep(report, root, out, also, logged, run_id)
-    if subject.checkpoint is not None: _write_card(report, resolve_run(model or settings.run_id), subject)
+    if checkpoint is not None: _copy_card(out, resolve_run(model or settings.run_id))
     note_privacy(root, privacy_summary(report.parts['privacy']))
     try: check_privacy(report.parts['privacy'], max_copies, max_auc)
     except CMRError as e: raise CMRError(f'{e} (the report is in {out})') from None
