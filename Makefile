@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # A stamp a state of what decides the installation (and of the place: scripts in .venv hold its path), so that a second call installs nothing.
-STATE := $(firstword $(shell (cat settings.ini setup.py pyproject.toml; echo $(CURDIR)) | cksum))
+STATE := $(firstword $(shell (cat settings.ini constraints.txt setup.py pyproject.toml; echo $(CURDIR)) | cksum))
 INSTALLED := $(VENV)/.installed-$(STATE)
 DEV := $(VENV)/.installed-dev-$(STATE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,11 +24,11 @@ $(BIN)/python:
 
 $(INSTALLED): | $(BIN)/python
 	@echo "Installing into $(VENV): about 3 minutes and 7 GB."
-	$(PIP) install -q -e .
+	$(PIP) install -q -c constraints.txt -e '.[all]'
 	@rm -f $(VENV)/.installed-*; touch $@
 
 $(DEV): | $(INSTALLED)
-	$(PIP) install -q -e '.[dev]'
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup
