@@ -6,7 +6,8 @@ __version__ = "0.1.0"
 _CHAPTERS = {
     'CMRError': 'core', 'Slice': 'core', 'make_phantom': 'cohort.phantom', 'read_cohort': 'cohort.table',
     'Geometry': 'grid.geometry', 'CohortCache': 'grid.cache', 'prepare': 'grid.cache', 'SDM': 'model.published',
-    'load_checkpoint': 'model.checkpoint', 'paint': 'model.painting', 'TrainConfig': 'training.learner',
+    'load_checkpoint': 'model.checkpoint', 'paint': 'model.painting', 'paint_label_map': 'model.one_image',
+    'toy_label_map': 'toy', 'TrainConfig': 'training.learner',
     'sdm_learner': 'training.learner', 'train': 'training.learner', 'synthesize': 'synthesis.cohort',
     'evaluate': 'evaluation.report',
 }

@@ -10,6 +10,7 @@ import os, re
 from pathlib import Path
 
 from .core import CMRError
+from .example import EXAMPLE, example_folder
 from .left_runs import close_left
 from .outbox import send_left
 from .processes import is_main
@@ -143,10 +144,11 @@ def _place(version, address: str, name: str) -> tuple[str, str]:
 
 # %% ../nbs/01h_runs.ipynb #01en017
 def resolve_run(
-    run: Path | str,  # a checkpoint folder, a folder that holds one, a run id, the name of one run, or 'models:/...'
+    run: Path | str,  # a checkpoint folder, or one that holds it; run id or name; 'models:/...'; 'example:phantom'
     name: str = CHECKPOINT,  # which folder of the run
 ) -> Path:
     "Find the checkpoint folder that `run` means."
+    if str(run).startswith(EXAMPLE): return example_folder(str(run))
     path = Path(os.path.expanduser(run))
     if str(run).strip() and os.path.isdir(path):
         return path/name if check_finished(path/name).is_dir() else check_finished(path)

@@ -12,6 +12,7 @@ MAIN = {  # notebook -> which of its pictures (from 0) stands here, and what is 
     '41_training.learner': (0, 'a training'),
     '66_evaluation.report': (0, 'an evaluation'),
 }
+FIRST_IMAGE = '37b_model.one_image', 0  # its picture is that of the README
 WINGS = {  # where a module lies -> heading
     '': 'The ground floor', 'cohort': 'Cohort: from files to a table', 'grid': 'Grid: from a table to batches',
     'model': 'Model: the network and how it paints', 'training': 'Training', 'synthesis': 'Synthesis',
@@ -60,8 +61,14 @@ def contents():
     return '\n'.join(text)
 
 
+def picture(stem, number):
+    "One of the pictures of a notebook."
+    return list(pictures(ROOT/'nbs'/f'{stem}.ipynb'))[number]
+
+
 if __name__ == '__main__':
     (ROOT/'docs'/'chapters').mkdir(exist_ok=True)
     for stem, (number, _) in MAIN.items():
-        (ROOT/'docs'/'chapters'/f'{stem}.png').write_bytes(list(pictures(ROOT/'nbs'/f'{stem}.ipynb'))[number])
+        (ROOT/'docs'/'chapters'/f'{stem}.png').write_bytes(picture(stem, number))
+    (ROOT/'docs'/'first_image.png').write_bytes(picture(*FIRST_IMAGE))
     (ROOT/'nbs'/'README.md').write_text(contents())

@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import __version__
 from ..core import CMRError, one_line
+from ..example import EXAMPLE, example_folder
 from ..grid.condition import ConditionSpec
 from ..grid.geometry import Geometry
 from ..grid.tissue import TissueModel
@@ -80,32 +81,35 @@ def check_finite(
                            'diverged; use another checkpoint, or train again with a lower learning rate')
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n051
-def _weights_of(model: SDM) -> dict[str, torch.Tensor]:
-    "The weights of a network as they are kept: on the CPU, in one order."
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+def _weights_of(model: SDM, half: bool) -> dict[str, torch.Tensor]:
+    "The weights of a network as they are kept: on the CPU, in one order, as float16 where only half of the size is kept."
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    return {k: v.half() for k, v in weights.items()} if half else weights
 
 @patch
 def digest(
     self: Checkpoint,
 ) -> str:  # SHA-256, 64 hexadecimal digits
     "Compute the digest of the file that these weights are kept in."
-    return hashlib.sha256(save(_weights_of(self.model))).hexdigest()
+    return hashlib.sha256(save(_weights_of(self.model, self.info.get('half', False)))).hexdigest()
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n000
 def save_checkpoint(
     folder: Path | str,  # replaced as a whole
     checkpoint: Checkpoint,  # its network may be on any device
+    half: bool = False,  # keep the weights as float16: half of the size, to pass a model on
 ) -> Path:  # the folder
     "Write a checkpoint, whole or not at all; raise `CMRError` where a weight is no finite number."
     c = checkpoint
-    weights = _weights_of(c.model)
+    info = {k: v for k, v in c.info.items() if k != 'half'} | ({'half': True} if half else {})
+    weights = _weights_of(c.model, half)
     check_finite(weights, f'{folder}: not written')
     with result(folder, 'checkpoint') as room:
         save_file(weights, room/'model.safetensors')
         config = dict(format=FORMAT, cmr_diffusion=__version__, weights=weights_digest(room/'model.safetensors'),
                       model=asdict(c.model.config), recipe=recipe_to_json(c.recipe), spec=c.spec.types,
                       values={name: asdict(v) for name, v in c.values.items()}, geometry=asdict(c.geometry),
-                      info=c.info, tissue=None if c.tissue is None else asdict(c.tissue))
+                      info=info, tissue=None if c.tissue is None else asdict(c.tissue))
         (room/'config.json').write_text(json.dumps(config, indent=1))
     return Path(folder)
 
@@ -248,14 +252,15 @@ def _network(settings: CheckpointSettings, weights: dict[str, torch.Tensor], fol
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n015
 def load_checkpoint(
-    folder: Path | str,  # checkpoint folder; `tracking.resolve_run` finds that of a run
+    folder: Path | str,  # checkpoint folder, or 'example:phantom'; `tracking.resolve_run` finds that of a run
     device: str | torch.device = 'cpu',  # where the network shall be
 ) -> Checkpoint:
     """Read a trained model from a checkpoint folder.
 
     Arguments:
         folder: the folder that a training wrote, with `config.json` and `model.safetensors` in it.
-            `cmr_diffusion.tracking.resolve_run` finds that of an MLflow run.
+            `cmr_diffusion.tracking.resolve_run` finds that of an MLflow run. 'example:phantom' is the model that
+            comes with the package.
         device: where the network shall be, such as 'cpu' or 'cuda'.
 
     Returns:
@@ -271,7 +276,7 @@ def load_checkpoint(
 
     Source: weights are stored as safetensors, which holds numbers and nothing that runs.
     """
-    folder = check_finished(folder)
+    folder = example_folder(folder) if str(folder).startswith(EXAMPLE) else check_finished(folder)
     settings = read_config(folder)
     model = _network(settings, read_weights(folder, settings), folder)
     denoise = make_denoiser(model=model.to(device, memory_format=torch.channels_last).eval(), **settings.recipe)
