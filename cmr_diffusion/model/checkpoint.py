@@ -82,7 +82,7 @@ def check_finite(
 
 # %% ../../nbs/36_model.checkpoint.ipynb #36n051
 def _weights_of(model: SDM, half: bool) -> dict[str, torch.Tensor]:
-    "The weights of a network as they are kept: on the CPU, in one order, as float16 where only half of the size is kept."
+    "The weights of a network as they are kept: on the CPU, in one order, in 32 bits or in half of them."
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     return {k: v.half() for k, v in weights.items()} if half else weights
 
