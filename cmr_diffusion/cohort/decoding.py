@@ -184,9 +184,7 @@ def _complete(dataset, repairs):
     if 'HighBit' not in dataset and 'BitsStored' in dataset: dataset.HighBit = dataset.BitsStored - 1
 
 # %% ../../nbs/09_cohort.decoding.ipynb #09n031
-_PLUGINS = {  # what to install for a compression; anything else needs python-gdcm
-    'JPEGLSLossless': 'pyjpegls', 'JPEGLSNearLossless': 'pyjpegls',
-    'JPEG2000Lossless': 'pylibjpeg pylibjpeg-openjpeg', 'JPEG2000': 'pylibjpeg pylibjpeg-openjpeg'}
+_IN_EXTRA = ('JPEGLSLossless', 'JPEGLSNearLossless', 'JPEG2000Lossless', 'JPEG2000')  # 'decode' has their plugins
 
 def _pixel_array(dataset):
     "What pydicom decodes; `BadData` names the plugin that it lacks for a compression."
@@ -194,7 +192,7 @@ def _pixel_array(dataset):
     except RuntimeError as e:
         if 'missing dependencies' not in str(e): raise  # its plugins are there, and failed
         syntax = dataset.file_meta.TransferSyntaxUID
-        plugin = _PLUGINS.get(syntax.keyword, 'python-gdcm')
+        plugin = "'cmr_diffusion[decode]'" if syntax.keyword in _IN_EXTRA else 'python-gdcm'
         message = f'compressed as {syntax.name}, for which a plugin is missing: pip install {plugin}'
         raise BadData(message, 'missing plugin') from None
 

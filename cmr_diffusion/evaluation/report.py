@@ -28,6 +28,7 @@ from .privacy import check_privacy, privacy_summary
 from .segmentation import cached_segmentation, QUICK, SegConfig, Segmenter
 from .summary import Report
 from .worst import in_units, worst
+from ..extras import require
 from ..figures import comparison
 from ..grid.cache import CohortCache
 from ..grid.loaders import grid_slices
@@ -256,6 +257,7 @@ def evaluate(
     Sources: Dice, Ecology 26:297 (1945); the percentile bootstrap over patients, Efron and Tibshirani (1993); the
     intraclass correlation, Shrout and Fleiss, Psychological Bulletin 86:420 (1979).
     """
+    require('evaluate')
     if generator_steps and not fractions: raise CMRError('--generator-steps: give --fractions, too, as 10,100')
     device, root, config = choose_device(device), Path(root), config or (QUICK if quick else SegConfig())
     if not isinstance(cache, CohortCache): cache = CohortCache.load(cache)

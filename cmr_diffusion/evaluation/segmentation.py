@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -26,6 +25,7 @@ from torch import nn, Tensor
 from ..core import (
     choose_device, choose_precision, CMRError, GridSlices, logger, one_line, PADDING, STRUCTURES)
 from .overlap import check_training_rows, structures_of
+from ..extras import require
 from ..grid.loaders import DataLoaders
 from ..output import atomic_path, progress
 from ..validation import configuration, validated
@@ -91,6 +91,13 @@ def augment(
     y = F.grid_sample(y[:, None].float(), grid, mode='nearest', **options)[:, 0].long()
     return _random_light(x, config, generator), y
 
+# %% ../../nbs/61_evaluation.segmentation.ipynb #61n027
+def _library():
+    "Import the package that has the networks and their losses."
+    require('evaluate')
+    import segmentation_models_pytorch
+    return segmentation_models_pytorch
+
 # %% ../../nbs/61_evaluation.segmentation.ipynb #61n005
 def _unet(config, n_classes):
     "Make the U-Net of a configuration, with pretrained weights in its encoder where it names a file."
@@ -100,7 +107,7 @@ def _unet(config, n_classes):
             raise CMRError(f'{config.weights}: no such file; give a timm state dict of {config.encoder}, or no weights')
         weights = dict(encoder_weights=True, pretrained_cfg_overlay=dict(file=config.weights))
     size = dict(in_channels=1, classes=n_classes, encoder_depth=len(config.decoder), decoder_channels=config.decoder)
-    try: return smp.Unet(config.encoder, **size, **weights)
+    try: return _library().Unet(config.encoder, **size, **weights)
     except (RuntimeError, KeyError, ValueError) as e:
         raise CMRError(f'encoder {config.encoder!r}: {one_line(e)}; give "tu-" and the name of a timm model') from e
 
@@ -131,7 +138,7 @@ class SegLoss(nn.Module):
     "The sum of cross-entropy and soft Dice loss, in which padding does not count."
     def __init__(self):
         super().__init__()
-        self.dice = smp.losses.DiceLoss('multiclass', ignore_index=PADDING)
+        self.dice = _library().losses.DiceLoss('multiclass', ignore_index=PADDING)
 
     def forward(self,
         scores: Tensor,  # (B, classes, S, S)
@@ -145,7 +152,7 @@ def make_loss(
     config: SegConfig,  # names the loss
 ) -> nn.Module:  # from scores (B, classes, S, S) and label maps (B, S, S), long, to one number
     "Return the loss of a configuration; padding does not count in it."
-    if config.loss == 'Jaccard': return smp.losses.JaccardLoss('multiclass', ignore_index=PADDING)
+    if config.loss == 'Jaccard': return _library().losses.JaccardLoss('multiclass', ignore_index=PADDING)
     return SegLoss()
 
 # %% ../../nbs/61_evaluation.segmentation.ipynb #400028

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import CMRError, choose_device, choose_precision, hold_memory, logger
+from ..extras import require
 from ..grid.cache import CohortCache
 from ..grid.loaders import GridLoaders, make_dataloaders
 from ..model.checkpoint import Checkpoint
@@ -281,6 +282,7 @@ def train(
     if not isinstance(cache, CohortCache):
         raise CMRError(f'train: give a cache, as CohortCache.load reads it from its folder, not {cache!r:.60}')
     if resume is not None and run_id is not None: raise CMRError('train: give resume or run_id, not both')
+    if world_size() > 1: require('several')
     device = choose_device(device)
     if torch.device(device).type == 'cpu': hold_memory()
     with several(device):

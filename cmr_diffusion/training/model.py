@@ -17,6 +17,7 @@ from fastcore.basics import chunked, patch
 from torch import Tensor
 
 from ..core import CMRError, logger, one_line
+from ..extras import require
 from ..figures import Picture, image_grid
 from ..grid.condition import Condition, ConditionSpec
 from ..grid.loaders import evenly, GridLoader, GridLoaders, images_and_condition
@@ -242,6 +243,7 @@ def to_distributed(self: SDMLearner,
 def in_processes(self: SDMLearner):
     "Return the context in which the learner trains in the processes that torchrun started; of no effect in one."
     if world_size() == 1: return nullcontext(self)
+    require('several')
     import_module('fastai.distributed')  # which gives a learner `distrib_ctx`
     return self.distrib_ctx()
 
