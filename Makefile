@@ -38,7 +38,7 @@ test: $(DEV)
 	@$(BIN)/python tests/run.py
 
 ui: setup
-	@line="$$($(BIN)/python -c 'from cmr_diffusion.tracking import ui_command; print(ui_command())')" && echo "$$line" && eval "$$line"
+	@$(BIN)/cmr_ui
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

@@ -154,7 +154,8 @@ def _write_card(cache: str, folder: Path):
 
 def _say_trained(cache: str, run_id: str, folder: Path | None, name: str | None):
     "Say where a training and its checkpoint are; register the model where a name is given."
-    from cmr_diffusion.tracking import CHECKPOINT, find_run, ui_command
+    from cmr_diffusion.tracking import CHECKPOINT, find_run
+    from cmr_diffusion.ui import look_at
     called = run_id  # a server may have gone away, and is not asked
     with suppress(CMRError):
         if folder is not None: called = f'{find_run(run_id).info.run_name} ({run_id})'
@@ -166,7 +167,7 @@ def _say_trained(cache: str, run_id: str, folder: Path | None, name: str | None)
         except CMRError as e:
             line = shlex.join(['cmr_train', cache, '--resume', run_id, '--register', name])
             raise CMRError(f'the model is trained, but not registered: {e}; then type {line}') from None
-    print(f'look at it: {ui_command()}')
+    print(f'look at it: {look_at(run_id)}')
 
 # %% ../nbs/70_cli.ipynb #500019
 @command
@@ -236,7 +237,7 @@ def cmr_evaluate(
     from cmr_diffusion.evaluation.privacy import check_privacy
     from cmr_diffusion.evaluation.report import evaluate
     from cmr_diffusion.evaluation.segmentation import QUICK, SegConfig
-    from cmr_diffusion.tracking import ui_command
+    from cmr_diffusion.ui import look_at
     config = QUICK if quick else SegConfig()
     if steps is not None: config = replace(config, steps=steps)
     lists = dict(fractions=numbers_of('fractions', fractions, 100), spacings=numbers_of('spacings', spacings))
@@ -246,7 +247,7 @@ def cmr_evaluate(
     report = evaluate(cache, synthetic, config, **options, **lists)
     print(report.text())
     print(f'look at it: {report.folder/"report.html"}')
-    print(f'and at the run: {ui_command()}')
+    print(f'and at the run: {look_at(report.run_id)}')
     try: check_privacy(report.parts['privacy'], max_copies, max_auc)
     except CMRError as e: raise SystemExit(f'cmr_evaluate: {e}') from None
 
@@ -266,7 +267,8 @@ def cmr_demo(
     "Phantom, prepare, train, sample, evaluate: the whole way, small."
     from cmr_diffusion import Geometry, TrainConfig, evaluate, make_phantom, prepare, read_cohort, synthesize, train
     from cmr_diffusion.results import check_result
-    from cmr_diffusion.tracking import check_store, ui_command
+    from cmr_diffusion.tracking import check_store
+    from cmr_diffusion.ui import look_at
     out, device = Path(out), choose_device(device)
     geometry = Geometry.parse(size, spacing, 'heart', 2)
     config = TrainConfig('tiny', minutes=minutes, batch_size=16, learning_rate=1e-3, checks=5, seed=seed)
@@ -283,4 +285,4 @@ def cmr_demo(
     synthesize(run_id, cache, out/'synthetic', ('train', 'test'), **settings)
     logger.info('5/5 evaluation')
     print(evaluate(cache, out/'synthetic', quick=True, seed=seed, device=device).text())
-    print(f'look at the run: {ui_command()}')
+    print(f'look at the run: {look_at(run_id)}')

@@ -83,10 +83,10 @@ def log_artifact(self: _Queueing, run_id, local_path, artifact_path=None):
 
 @patch
 def log_artifacts(self: _Queueing, run_id, local_dir, artifact_path=None):
-    kind = 'folder_' + (artifact_path or '').replace('/', '_')
+    kind = 'folder_' + artifact_path.replace('/', '_') if artifact_path else ''
     with self.files(kind) as folder:
         shutil.copytree(local_dir, folder/(artifact_path or ''), copy_function=_take, dirs_exist_ok=True)
-    self.box.replace(kind, self.sender.busy)
+    if kind: self.box.replace(kind, self.sender.busy)
 
 # %% ../nbs/01f_sender.ipynb #01fn030
 QUEUED = ('log_batch', 'log_metric', 'log_param', 'set_tag', 'delete_tag', 'update_run', 'set_terminated',

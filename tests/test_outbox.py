@@ -13,7 +13,8 @@ from cmr_diffusion.outbox import Outbox, something_waits, sync_pending
 from cmr_diffusion.registry import register
 from cmr_diffusion.tracking import (
     check_store, find_run, log_config, log_figure, log_folder, log_metrics, log_tags, open_run, resolve_run,
-    run_address, staging_folder, start_run)
+    staging_folder, start_run)
+from cmr_diffusion.ui import run_address
 
 
 class Picture:

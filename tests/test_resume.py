@@ -155,7 +155,7 @@ def watch(killer, kinds):
                             (results, 'take_place'), (resume, 'save_file'), (checkpoint_chapter, 'save_file'),
                             (Path, 'write_text'), (resume.shutil, 'rmtree')): killer.before(owner, name)
     if 'log' in kinds:
-        for name in ('log_batch', 'log_image', 'log_dict'): killer.before(MlflowClient, name)
+        for name in ('log_batch', 'log_artifacts', 'log_dict'): killer.before(MlflowClient, name)
 
 
 def child(cache_folder, run_id, how, at, kinds, minutes, ready):

@@ -103,6 +103,9 @@ def places():
         yield command, 'zero byte', 'zero byte'
     yield 'cmr_sync', ['--no-such-option'], 'no-such-option'
     yield 'cmr_sync', ['now'], 'now'
+    yield 'cmr_ui', ['--no-such-option'], 'no-such-option'
+    yield 'cmr_ui', ['--experiment', 'no such'], "--experiment 'no such'"
+    for port in (0, 65_536, 'x'): yield 'cmr_ui', ['--port', port], '--port'
     for name in ('run-name', 'experiment'):
         yield 'cmr_train', ['{cache}', '--resume', 'some_run', f'--{name}', 'other'], f'--{name}'
     for path in ('no/such', '{junk}', '{empty}', '{image}', '{model}/config.json'):
@@ -349,7 +352,7 @@ def test_in_a_process_of_its_own(world):
     assert not (world.folder/'new').exists()
 
 
-@pytest.mark.parametrize('command', (*RIGHT, 'cmr_sync'))
+@pytest.mark.parametrize('command', (*RIGHT, 'cmr_sync', 'cmr_ui'))
 def test_version(world, command):
     from cmr_diffusion import __version__
     done = world.here(command, '--version')

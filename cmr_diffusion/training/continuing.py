@@ -28,7 +28,8 @@ from ..results import check_result
 from ..rooms import hold
 from ..runs import CHECKPOINT, find_run, resolve_run, run_of_id
 from ..stores import run_folder, runs_folder, tracking_uri
-from ..tracking import log_config, open_run, run_address
+from ..tracking import log_config, open_run
+from ..ui import run_address
 from .callbacks import objective_of
 from .config import TrainConfig
 from .model import SDMLearner, tissue_model
