@@ -5,6 +5,7 @@ import contextlib, io, logging, os, sys, time, warnings
 from importlib import import_module
 
 from . import __version__
+from .interrupts import catch_early
 from .processes import is_lost, rank, world_size
 
 COMMANDS = {  # name -> module of its function, `cmr_<name>`; it says what the command does
@@ -37,6 +38,7 @@ def wrong_call(message):
 def call(name, words):
     "Call a command with the words that were typed after its name, and return its exit code."
     sys.argv = [f'cmr_{name}', *words]
+    catch_early()
     try: return function(name)()
     except SystemExit as e: return e.code
 

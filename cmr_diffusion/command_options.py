@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Steps', 'Seed', 'Guidance', 'Samplings', 'Batch', 'Minutes', 'Workers', 'Preset', 'Recipe', 'Precision',
            'Sampler', 'Crop', 'Format', 'Judge', 'batch_size_of', 'scales_of', 'splits_of', 'numbers_of', 'secret_in',
-           'check_registered', 'read_table', 'phantom_patients', 'open_masks', 'counted']
+           'check_registered', 'read_table', 'phantom_patients', 'open_masks', 'counts_of', 'counted']
 
 # %% ../nbs/69a_command_options.ipynb #69a002
 import math
@@ -158,13 +158,21 @@ def open_masks(
     return read_cohort(masks, layout)
 
 # %% ../nbs/69a_command_options.ipynb #69a017
-def counted(
+def counts_of(
     table,  # of a cohort
-) -> str:
+) -> dict:  # splits: name -> slices and patients; left_out: reason -> slices
     "Count usable slices and patients per split, and what was left out."
     good, bad = table[table.usable], table[~table.usable]
     splits = [(split, good[good.split == split]) for split in ('train', 'val', 'test', 'synthesis')]
-    parts = [f'{split} {len(rows)} slices of {rows.patient.nunique()} patients' for split, rows in splits if len(rows)]
-    reasons = [f'{n} {kind}' for kind, n in bad.reason.str.split(':').str[0].value_counts().head(3).items()]
-    if len(bad): parts.append(f'left out {len(bad)} ({", ".join(reasons)})')
+    counts = {split: dict(slices=len(rows), patients=int(rows.patient.nunique())) for split, rows in splits if len(rows)}
+    return dict(splits=counts, left_out=bad.reason.str.split(':').str[0].value_counts().to_dict())
+
+def counted(
+    table,  # of a cohort
+) -> str:
+    "Say these counts in one line, with the three most frequent reasons."
+    splits, left_out = counts_of(table).values()
+    parts = [f'{split} {n["slices"]} slices of {n["patients"]} patients' for split, n in splits.items()]
+    reasons = [f'{n} {kind}' for kind, n in list(left_out.items())[:3]]
+    if left_out: parts.append(f'left out {sum(left_out.values())} ({", ".join(reasons)})')
     return '; '.join(parts)

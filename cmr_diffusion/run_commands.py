@@ -14,14 +14,19 @@ from annotated_types import Interval
 
 from .command_line import command
 from .core import logger
+from .interrupts import if_stopped
+from .outcome import Outcome
 
 # %% ../nbs/70b_run_commands.ipynb #70bn005
 @command
-def cmr_sync():
+def cmr_sync() -> Outcome:
     "Send what trainings could not send to their MLflow server because it was away."
     from cmr_diffusion.outbox import something_waits, sync_pending
-    print(sync_pending())
-    if something_waits(): raise SystemExit(1)
+    if_stopped('what was sent is sent, and the rest waits; the same command goes on')
+    lines = sync_pending().splitlines()
+    waits = something_waits()
+    reason = 'something still waits; type cmr_sync again when the server is back' if waits else ''
+    return Outcome((*lines,), dict(runs=lines, waits=waits), int(waits), reason)
 
 # %% ../nbs/70b_run_commands.ipynb #70bn013
 _Port = Annotated[int, Interval(ge=1, le=65_535)]  # of a server
@@ -38,20 +43,21 @@ def _ended_by_signals():
         for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../nbs/70b_run_commands.ipynb #70bn014
-def _tell(page: str, port: int, browser: bool):
+def _tell(page: str, port: int, browser: bool) -> Outcome:
     "Say which page to open, and open it where that is asked for."
     from cmr_diffusion.ui import open_page, tunnel_line
     logger.info('open %s', page)
     if line := tunnel_line(port):
         logger.info('over SSH, the port has to be forwarded, which VS Code does by itself; else type at home: %s', line)
     if browser and not open_page(page): logger.info('there is no browser with a window here: open the page yourself')
+    return Outcome(facts=dict(page=page, port=port))
 
 @command
 def cmr_ui(
     port: _Port = 5000,  # of this machine, where the page will be
     open: bool = False,  # open the page in the browser
     experiment: str = None,  # MLflow experiment to show (default: that of the newest run)
-):
+) -> Outcome:
     "Show the runs in MLflow's user interface, until Ctrl-C."
     from cmr_diffusion.stores import tracking_uri
     from cmr_diffusion.ui import check_port, experiment_shown, local_address, runs_page, server_address, ui_server
@@ -68,3 +74,4 @@ def cmr_ui(
             logger.info('Ctrl-C ends it')
             process.wait()
     except KeyboardInterrupt: logger.info('the user interface has ended; the runs are kept')
+    return Outcome(facts=dict(page=page, port=port))
