@@ -120,7 +120,7 @@ def cmr_evaluate(
     options = dict(quick=quick, layout=layout, out=out, seed=seed, device=choose_device(device), model=model,
                    generator_steps=generator_steps, judge=judge, judge_weights=judge_weights or '',
                    encoders=encoders, log_real=log_real)
-    if_stopped(f'networks that are trained are kept in {Path(cache)/"segmentation"}; the same command goes on with them')
+    if_stopped(f'networks that are trained are kept in {Path(cache)/"segmentation"}; the same command takes them')
     report = evaluate(cache, synthetic, config, **options, **lists)
     lines = (report.text(), f'look at it: {report.folder/"report.html"}', f'and at the run: {look_at(report.run_id)}')
     try: check_privacy(report.parts['privacy'], max_copies, max_auc)

@@ -49,7 +49,7 @@ def _parser(func):
     version = f'{func.__name__} {__version__} (cmr_diffusion)'
     parser.add_argument('--version', action='version', version=version, help="show the program's version and exit")
     parser.add_argument('--json', action='store_true', help='print the outcome as one JSON object, for scripts')
-    parser.add_argument('--quiet', action='store_true', help='no progress bars, and of the log only warnings and errors')
+    parser.add_argument('--quiet', action='store_true', help='no progress bars, and no log but warnings and errors')
     for option in parser._actions:  # what a switch such as --no-tissue-values turns off is no default of its own
         if option.const is False: option.help = option.help.removesuffix(' (default: True)')
     def error(message): raise CMRError(_in_our_words(message, func))
@@ -145,7 +145,7 @@ def typed_manner(
     func,  # the command
     words: list[str],  # what was typed after its name
 ) -> tuple[bool, bool]:
-    "Return whether the outcome shall be told as JSON, and whether quietly; a wrong call is understood as well as it can be."
+    "Return whether the outcome shall be told as JSON, and whether quietly; a wrong call is read as well as it can be."
     try: found = _parser(func).parse_args(hyphens(words))
     except CMRError: return '--json' in words, '--quiet' in words
     return found.json, found.quiet
@@ -200,7 +200,7 @@ def _run(func) -> int:
 def command(
     func,  # the function; the comments beside its parameters are their help
 ):
-    "Make a function, which returns an `Outcome`, the command of its name; a wrong call ends in one line and exit code 2."
+    "Make a function that returns an `Outcome` the command of its name; a wrong call ends in one line and exit code 2."
     @wraps(func)
     def called(*args, **kwargs):
         if not args and not kwargs and Path(sys.argv[0]).stem == func.__name__: return _run(func)

@@ -164,7 +164,7 @@ def counts_of(
     "Count usable slices and patients per split, and what was left out."
     good, bad = table[table.usable], table[~table.usable]
     splits = [(split, good[good.split == split]) for split in ('train', 'val', 'test', 'synthesis')]
-    counts = {split: dict(slices=len(rows), patients=int(rows.patient.nunique())) for split, rows in splits if len(rows)}
+    counts = {name: dict(slices=len(rows), patients=int(rows.patient.nunique())) for name, rows in splits if len(rows)}
     return dict(splits=counts, left_out=bad.reason.str.split(':').str[0].value_counts().to_dict())
 
 def counted(

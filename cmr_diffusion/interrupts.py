@@ -85,7 +85,7 @@ def _tell_once(name):
 def interruptible(
     name: str,  # of the command
 ):
-    "For the length of a block, answer Ctrl-C as a command does; a second Ctrl-C ends the process, in the block or after it."
+    "For the length of a block, answer Ctrl-C as a command does; a second one ends the process, even after the block."
     Interrupt.begun, Interrupt.asked, Interrupt.kept = True, False, ''
     in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
     before = signal.getsignal(signal.SIGINT) if in_main else None

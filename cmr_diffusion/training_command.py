@@ -35,7 +35,7 @@ def _config(resume: str | None, settings: dict):
 
 # %% ../nbs/69d_training_command.ipynb #69dn007
 def _write_card(cache: str, folder: Path) -> Path | None:
-    "Write the model card of a training that was not evaluated yet; None where somebody has edited the one that is there."
+    "Write the model card of a training that was not evaluated yet; None where somebody has edited the one there."
     from cmr_diffusion.evaluation.card import facts_of_cohort, model_card, write_card
     from cmr_diffusion.grid.cache import CohortCache
     try: return write_card(folder, model_card(folder, cohort_facts=facts_of_cohort(CohortCache(cache))))
