@@ -58,7 +58,7 @@ def test_an_error_is_told_to_a_script_and_to_a_person(outcomes):
             ('cmr_train', ['no_such_cache', '--json'], 'no_such_cache'),
             ('cmr_train', ['cache', '--json', '--steps', '0'], '--steps 0'),
             ('cmr_train', ['cache', '--json', '--no-such-option'], '--no-such-option'),
-            ('cmr_sample', ['--json'], 'required'), ('cmr_phantom', ['phantom/x', '--json', '--patients='], '--patients')):
+            ('cmr_sample', ['--json'], 'required'), ('cmr_phantom', ['new', '--json', '--patients='], '--patients')):
         done = place.here(command, *words)
         found = said(done, 2)
         assert about in found['reason'] and done.stderr == f'{command}: {found["reason"]}\n'
