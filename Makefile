@@ -1,5 +1,6 @@
 # make setup   .venv and the package in it     make test   what CI runs
 # make demo    setup, then the ten-minute demo make ui     the MLflow UI on this repository's runs
+# make docs    the documentation as a site, in site/
 # make clean   what can be made again; leaves .venv, demo/ and mlruns/
 
 SHELL := /bin/bash
@@ -10,9 +11,10 @@ BIN := $(VENV)/bin
 STATE := $(firstword $(shell (cat settings.ini constraints.txt setup.py pyproject.toml; echo $(CURDIR)) | cksum))
 INSTALLED := $(VENV)/.installed-$(STATE)
 DEV := $(VENV)/.installed-dev-$(STATE)
+DOCS := $(VENV)/.installed-docs-$(STATE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test ui clean
+.PHONY: setup demo test ui docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -31,6 +33,10 @@ $(DEV): | $(INSTALLED)
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(DOCS): | $(INSTALLED)
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
 demo: setup
 	$(BIN)/cmr_demo
 
@@ -40,6 +46,9 @@ test: $(DEV)
 ui: setup
 	@$(BIN)/cmr_ui
 
+docs: $(DOCS)
+	@$(BIN)/python docs/make_site.py
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .hypothesis
 	find nbs cmr_diffusion tests -name __pycache__ -prune -exec rm -rf {} +

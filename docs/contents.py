@@ -1,7 +1,7 @@
-"""Writes nbs/README.md, the table of contents, with a picture of each of the five main chapters.
+"""Write nbs/README.md, the table of contents with a picture of each of the five main chapters, and llms.txt.
 
-    python docs/contents.py        # after a notebook's first cell, or one of these pictures, has changed"""
-import base64, json
+    python docs/contents.py        # after a notebook's first cell, one of these pictures, or a docstring has changed"""
+import ast, base64, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,9 +66,57 @@ def picture(stem, number):
     return list(pictures(ROOT/'nbs'/f'{stem}.ipynb'))[number]
 
 
+def module_of(path):
+    "The module that a chapter makes, as `model.edm`, or None."
+    found = re.search(r'#\|\s*default_exp\s+([\w.]+)', path.read_text())
+    return found.group(1) if found else None
+
+
+def defined(name, module):
+    "The module in which a function or class of the package is defined, and the first line of what it says of itself."
+    def look(path):
+        if not re.search(rf'^(def|class) {name}\b', path.read_text(), re.M): return None
+        node = next(n for n in ast.parse(path.read_text()).body if getattr(n, 'name', '') == name)
+        module = '.'.join(path.relative_to(ROOT/'cmr_diffusion').with_suffix('').parts)
+        return module, (ast.get_docstring(node) or '').split('\n')[0]
+    package = ROOT/'cmr_diffusion'
+    first = package/f'{module.replace(".", "/")}.py'
+    return next(found for path in [first, *sorted(package.rglob('*.py'))] if (found := look(path)))
+
+
+def table_in(path, name):
+    "A dictionary of constants that a module file of the package assigns to a name."
+    for node in ast.parse((ROOT/'cmr_diffusion'/path).read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name: return ast.literal_eval(node.value)
+
+
+def llms():
+    "The text of llms.txt (llmstxt.org), in the form that nbdev gives it where a project has an index notebook."
+    description = re.search('^description = (.+)$', (ROOT/'settings.ini').read_text(), re.M).group(1)
+    about = re.search(r'^# .+?\n\n(.+?)\n\n', (ROOT/'README.md').read_text(), re.S).group(1)
+    text = ['# cmr_diffusion', '', f'> {description}', '', ' '.join(about.split()), '', '## Pages', '']
+    pages = [ROOT/name for name in ('README.md', 'RESULTS.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/README.md')]
+    for page in [p for p in [*pages, *sorted((ROOT/'docs').glob('*.md'))] if p.exists()]:
+        title = page.read_text().split('\n')[0].removeprefix('# ')
+        text.append(f'- [{title}]({page.relative_to(ROOT).as_posix()})')
+    text += ['', '## Commands', '']
+    for name, module in table_in('__main__.py', 'COMMANDS').items():
+        text.append(f'- `cmr_{name}`: {defined(f"cmr_{name}", module)[1]}')
+    text += ['', '## Names of `import cmr_diffusion`', '']
+    for name, module in table_in('__init__.py', '_CHAPTERS').items():
+        text.append('- `{}` (`{}`): {}'.format(name, *defined(name, module)))
+    notebooks = {path: module_of(path) for path in sorted((ROOT/'nbs').glob('*.ipynb'))}
+    text += ['', '## Modules, each made from the notebook that is linked', '']
+    text += [f'- [{module}](nbs/{n.name}): {first_cell(n)[1]}' for n, module in notebooks.items() if module]
+    text += ['', '## Notebooks that make no module', '']
+    text += [f'- [{first_cell(n)[0]}](nbs/{n.name}): {first_cell(n)[1]}' for n in notebooks if not notebooks[n]]
+    return '\n'.join(text) + '\n'
+
+
 if __name__ == '__main__':
     (ROOT/'docs'/'chapters').mkdir(exist_ok=True)
     for stem, (number, _) in MAIN.items():
         (ROOT/'docs'/'chapters'/f'{stem}.png').write_bytes(picture(stem, number))
     (ROOT/'docs'/'first_image.png').write_bytes(picture(*FIRST_IMAGE))
     (ROOT/'nbs'/'README.md').write_text(contents())
+    (ROOT/'llms.txt').write_text(llms())

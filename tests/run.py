@@ -138,11 +138,13 @@ def style(scratch):
 
 
 def table_of_contents(scratch):
-    "nbs/README.md says what the notebooks say of themselves."
+    "nbs/README.md and llms.txt say what the notebooks say of themselves."
     sys.path.insert(0, str(ROOT/'docs'))
-    from contents import contents
-    stale = (ROOT/'nbs'/'README.md').read_text() != contents()
-    yield report('the table of contents is in step', ['nbs/README.md is out of step: python docs/contents.py'] * stale)
+    from contents import contents, llms
+    texts = {'nbs/README.md': contents(), 'llms.txt': llms()}
+    stale = [name for name, text in texts.items() if not (ROOT/name).exists() or (ROOT/name).read_text() != text]
+    stale = [f'{name} is out of step: python docs/contents.py' for name in stale]
+    yield report('the table of contents and llms.txt are in step', stale)
 
 
 def checks(scratch):
