@@ -192,7 +192,7 @@ check 'mlruns of another owner: refused in one line' refused "cannot write to .*
 check 'data of another owner: refused in one line' refused "cannot write to /data.*chown -R $USER_ID" "$key" "$HERE/foreign:/data"
 
 mounts=("$key" "$HERE/mlruns:/home/cmr/cmr_diffusion/mlruns" "$HERE/data:/data")
-variables=(MLFLOW_EXPERIMENT_NAME=trial)
+variables=(MLFLOW_EXPERIMENT_NAME=trial OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE)
 if [ -n "$PACKAGES" ]; then
     site=/home/cmr/cmr_diffusion/.venv
     echo /packages > "$HERE/packages.pth"
