@@ -81,7 +81,8 @@ def defined(name, module):
         return module, (ast.get_docstring(node) or '').split('\n')[0]
     package = ROOT/'cmr_diffusion'
     first = package/f'{module.replace(".", "/")}.py'
-    return next(found for path in [first, *sorted(package.rglob('*.py'))] if (found := look(path)))
+    paths = [first, *sorted(package.rglob('*.py'))]
+    return next((found for path in paths if (found := look(path))), (module, ''))
 
 
 def table_in(path, name):

@@ -2,6 +2,7 @@
 
 The site itself is built where its tools are installed (`make docs` does that); the other tests need none of them."""
 import ast, html, importlib, importlib.util, json, re, subprocess, sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'docs'))
 from argument_notes import arguments_of, comments_of, notes_of, patched_class, public_functions  # noqa: E402
-from contents import llms, module_of  # noqa: E402
+from contents import llms, module_of, table_in  # noqa: E402
 from make_site import PYTHON_PAGES, settings  # noqa: E402
+from pipeline import pipeline  # noqa: E402
 from site_pages import chapter, files_of, linked, navigation, notebooks, spaced  # noqa: E402
 
 TOOLS = 'mkdocs', 'material', 'mkdocstrings_handlers.python', 'griffe', 'pymdownx', 'latex2mathml'
@@ -141,6 +143,33 @@ def test_llms_txt_links_to_files_that_exist():
     links = re.findall(r'\]\(([^)]+)\)', llms())
     assert len(links) > 100
     for link in links: assert (ROOT/link).exists(), link
+
+
+def test_the_drawing_of_the_pipeline_is_in_step_and_names_commands():
+    drawn = pipeline()
+    assert (ROOT/'docs'/'pipeline.svg').read_text() == drawn, 'python docs/pipeline.py'
+    named = re.findall(r'>cmr_(\w+)<', drawn)
+    assert len(named) == 5 and set(named) <= set(table_in('__main__.py', 'COMMANDS'))
+    ET.fromstring(drawn)
+
+
+def test_citation_and_changes_are_of_this_version():
+    from cmr_diffusion import __version__
+    assert f'\nversion: {__version__}\n' in (ROOT/'CITATION.cff').read_text()
+    assert f'\n## {__version__}' in (ROOT/'CHANGELOG.md').read_text()
+
+
+def test_contributing_names_what_there_is():
+    "Every chapter, file and name of the package that the page sends a contributor to."
+    text = (ROOT/'CONTRIBUTING.md').read_text()
+    code = ''.join(p.read_text() for p in (ROOT/'cmr_diffusion').rglob('*.py'))
+    for name in re.findall(r'`(\d\d[a-z]*_[\w.]+)`', text):
+        if name != '14d_cohort.mine': assert (ROOT/'nbs'/f'{name}.ipynb').exists() or name in ('80_', '89_'), name
+    for name in re.findall(r'`((?:tests|docs|nbs)/[\w./]+\.\w+)`', text): assert (ROOT/name).exists(), name
+    for name in ('LAYOUTS', 'SAMPLERS', 'REMEMBERED', 'COMMANDS', 'ABOUT', 'Sampler', 'questions'):
+        assert f'`{name}`' in text and re.search(rf'^ *{name}\b.*=', code, re.M), name
+    for name in ('slice_row', 'sdm_learner', 'run_callbacks', 'evaluation_parts', 'seeded', 'layout', 'command'):
+        assert name in text and f'def {name}(' in code, name
 
 
 # The site
