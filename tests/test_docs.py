@@ -79,7 +79,7 @@ class Net:
 def test_notes_are_those_that_nbdev_reads():
     from fastcore.docments import docments
     compared = 0
-    for module in ('core', 'cohort.table', 'grid.geometry', 'model.samplers', 'evaluation.overlap'):
+    for module in ('core', 'cohort.rows', 'cohort.table', 'cohort.contours', 'grid.geometry'):
         code, live = source(module), importlib.import_module(f'cmr_diffusion.{module}')
         comments = comments_of(code)
         for name, node in public_functions(code):
@@ -89,7 +89,7 @@ def test_notes_are_those_that_nbdev_reads():
                 if argument != 'return' and theirs.get(argument):
                     assert ' '.join(theirs[argument].split()) == note, f'{module}.{name}: {argument}'
                     compared += 1
-    assert compared > 80
+    assert compared > 60
 
 
 def test_nearly_every_public_argument_has_a_note():
@@ -170,6 +170,31 @@ def test_contributing_names_what_there_is():
         assert f'`{name}`' in text and re.search(rf'^ *{name}\b.*=', code, re.M), name
     for name in ('slice_row', 'sdm_learner', 'run_callbacks', 'evaluation_parts', 'seeded', 'layout', 'command'):
         assert name in text and f'def {name}(' in code, name
+
+
+def test_the_examples_in_python_run(tmp_path):
+    "One after the other, as the page says; then the layout reads a folder, and the names that were made are used."
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT/'docs'/'python.md').read_text(), re.M | re.S)
+    assert len(blocks) == 6
+    more = """
+import nibabel
+import numpy as np
+from pathlib import Path
+from cmr_diffusion.toy import toy_slice
+Path('flat').mkdir()
+for patient in range(3):
+    drawn = toy_slice('T1', patient)
+    for name, pixels in (('', drawn.pixels), ('_gt', drawn.labels)):
+        volume = nibabel.Nifti1Image(pixels.T[..., None].astype('float32'), np.diag([1.5, 1.5, 8, 1]))
+        nibabel.save(volume, f'flat/p{patient}_T1_Mid{name}.nii.gz')
+read = read_cohort('flat', layout='flat')
+assert list(read.patient) == ['p0', 'p1', 'p2'] and read.usable.all(), read.reason
+assert len(keep.losses) == 5 and milliseconds.shape == train.images.shape and 200 < milliseconds.mean() < 3000
+assert np.isfinite(images[0].pixels).all()
+"""
+    (tmp_path/'example.py').write_text('\n'.join([*blocks, more]))
+    done = subprocess.run([sys.executable, 'example.py'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # The site
