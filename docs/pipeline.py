@@ -1,4 +1,4 @@
-"""Draw docs/pipeline.svg: the way from a folder of slices to an evaluated synthetic cohort, with the command of each step.
+"""Draw docs/pipeline.svg: the way from a cohort to an evaluated synthetic cohort, with the command of each step.
 
     python docs/pipeline.py
 
@@ -68,8 +68,9 @@ def icon(name, x, y):
 
 def pipeline():
     "The picture as SVG."
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-             'role="img" aria-label="From a cohort to an evaluated synthetic cohort">', f'<style>{STYLE}</style>',
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    about = 'role="img" aria-label="From a cohort to an evaluated synthetic cohort"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>', f'<style>{STYLE}</style>',
              f'<rect class="ground" x=".5" y=".5" width="{WIDTH-1}" height="{HEIGHT-1}" rx="8"/>']
     left = (WIDTH - 6*BOX - 5*GAP) / 2
     for k, (drawn, name, about, command) in enumerate(STEPS):
