@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .nifti_header import VolumeGrid, corners, grid_of, inflated, raw_header, without_offset
+from .nifti_header import VolumeGrid, corners, grid_of, inflated, raw_header, voxel_parts
 from ..core import BadData, one_line
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en007
@@ -38,36 +38,33 @@ def _stamp(path):
     return stat.st_mtime_ns, stat.st_size
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en008
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _cached_header(path, stamp):
-    "The header of a file as it is stored, and its grid."
-    raw = raw_header(path)
-    return raw, grid_of(raw)
+    "The grid of a file, and how its voxels are stored; nibabel opens each file once."
+    import nibabel
+    volume = nibabel.load(path, mmap=False)
+    raw = raw_header(path, volume)
+    return grid_of(raw), voxel_parts(volume, raw)
 
 def volume_grid(
     path: Path | str,  # a NIfTI file
 ) -> VolumeGrid:
     "Say what the header of a volume means; no voxel is read. Any failure is one `BadData` line."
-    with _one_line_errors(path): return _cached_header(str(path), _stamp(path))[1]
+    with _one_line_errors(path): return _cached_header(str(path), _stamp(path))[0]
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en010
 _IN_MEMORY = 2**27  # bytes that a compressed file may hold to be decompressed whole
 _content = lru_cache(maxsize=2)(lambda path, stamp, size: inflated(path, size))  # for all frames of a file
 
-def _stored(path, raw):
-    "The voxels of a file with that header, as an array that is read when it is asked for."
-    import nibabel
+def _stored(path):
+    "The voxels of a file, as an array that is read when it is asked for."
     from nibabel.arrayproxy import ArrayProxy
-    volume = nibabel.load(path, mmap=False, keep_file_open=True)
-    stored = volume.dataobj
-    if without_offset(raw):
-        slope, inter = raw.get_slope_inter()
-        offset, scaling = raw.single_vox_offset, (1. if slope is None else slope, 0. if inter is None else inter)
-        stored = ArrayProxy(str(path), (raw.get_data_shape(), raw.get_data_dtype(), offset, *scaling), mmap=False)
-    size = int(stored.offset) + math.prod(map(int, stored.shape))*stored.dtype.itemsize
-    if not str(path).lower().endswith('.gz') or size > _IN_MEMORY: return stored
-    parts = stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter
-    return ArrayProxy(io.BytesIO(_content(str(path), _stamp(path), size)), parts)
+    stamp = _stamp(path)
+    shape, dtype, offset, *_ = parts = _cached_header(str(path), stamp)[1]
+    size = int(offset) + math.prod(map(int, shape))*dtype.itemsize
+    if not str(path).lower().endswith('.gz') or size > _IN_MEMORY:
+        return ArrayProxy(str(path), parts, mmap=False, keep_file_open=True)
+    return ArrayProxy(io.BytesIO(_content(str(path), stamp, size)), parts)
 
 def _intensities(voxels):
     "Voxels as plain numbers."
@@ -82,8 +79,7 @@ def _intensities(voxels):
 @lru_cache(maxsize=2)
 def _cached_voxels(path, stamp, frame):
     "One frame of a file as (x, y, z)."
-    raw, grid = _cached_header(path, stamp)
-    stored = _stored(path, raw)
+    grid, stored = _cached_header(path, stamp)[0], _stored(path)
     if grid.frames == 1: voxels = np.asanyarray(stored)
     else: voxels = stored.reshape((*stored.shape[:3], grid.frames))[..., frame]
     in_file = tuple(grid.shape[grid.axes.index(axis)] for axis in (0, 1, 2))
@@ -107,7 +103,7 @@ def read_volume(
     "Read a volume, from memory where it was read just before; any failure is one `BadData` line."
     with _one_line_errors(path):
         stamp = _stamp(path)
-        grid = _cached_header(str(path), stamp)[1]
+        grid = _cached_header(str(path), stamp)[0]
         return _cached_voxels(str(path), stamp, _which_frame(grid, frame)), grid
 
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en017
@@ -120,7 +116,7 @@ def is_nifti(
 # %% ../../nbs/11e_cohort.nifti.ipynb #11en018
 def _labelled(path, frames):
     "The frames of a label volume that are not empty."
-    stored = _stored(path, _cached_header(str(path), _stamp(path))[0])
+    stored = _stored(path)
     stored = stored.reshape((*stored.shape[:3], frames))
     return [frame for frame in range(frames) if np.asarray(stored[..., frame]).any()]
 

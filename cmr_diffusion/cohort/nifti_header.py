@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_VOXELS', 'PIXEL', 'ODD_AXIS', 'WRITTEN_BY', 'SYNTHETIC', 'RELATIVE', 'raw_header', 'inflated', 'without_offset',
-           'corners', 'VolumeGrid', 'grid_of']
+           'voxel_parts', 'corners', 'VolumeGrid', 'grid_of']
 
 # %% ../../nbs/11d_cohort.nifti_header.ipynb #11dn002
 import logging, math, zlib
@@ -21,11 +21,12 @@ logging.getLogger('nibabel.global').setLevel(logging.CRITICAL)  # its remarks be
 # %% ../../nbs/11d_cohort.nifti_header.ipynb #11dn007
 def raw_header(
     path: Path | str,  # a NIfTI file that nibabel accepts
+    volume=None,  # what `nibabel.load` gave for it; None: it is called here
 ):  # a nibabel header
     "Read the header of a file as it is stored, without nibabel's repairs."
     import nibabel
     from nibabel.openers import ImageOpener
-    header_class = type(nibabel.load(path).header)
+    header_class = type((nibabel.load(path) if volume is None else volume).header)
     with ImageOpener(path) as file: return header_class.from_fileobj(file, check=False)
 
 # %% ../../nbs/11d_cohort.nifti_header.ipynb #11dn042
@@ -60,6 +61,17 @@ def without_offset(
 ) -> bool:
     "Say whether a header claims that the voxels begin where the header does."
     return raw['vox_offset'] == 0 and raw['magic'] == raw.single_magic
+
+def voxel_parts(
+    volume,  # what `nibabel.load` gave for a file
+    raw,  # the header that `raw_header` read from it
+) -> tuple:  # shape, type, offset, slope and intercept
+    "Say how the voxels of a file are stored, as nibabel's `ArrayProxy` takes it."
+    stored = volume.dataobj
+    if not without_offset(raw): return stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter
+    slope, inter = raw.get_slope_inter()
+    scaling = 1. if slope is None else slope, 0. if inter is None else inter
+    return raw.get_data_shape(), raw.get_data_dtype(), raw.single_vox_offset, *scaling
 
 # %% ../../nbs/11d_cohort.nifti_header.ipynb #11dn011
 MAX_VOXELS = 2**25  # two volumes of so many numbers, an image and its labels, stay below a gigabyte

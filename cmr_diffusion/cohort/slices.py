@@ -20,7 +20,7 @@ from ..core import CMRError, Slice
 from ..output import end_with_parent, progress
 
 # %% ../../nbs/16b_cohort.slices.ipynb #16bn032
-def _load(load: Callable, row: pd.Series) -> Slice:
+def _load(load: Callable, row: dict) -> Slice:
     "A slice as the table promises it; `CMRError` says what differs."
     cmr_slice = load(row)
     found, promised = cmr_slice.pixels.shape, (row['rows'], row['columns'])
@@ -31,29 +31,30 @@ def _load(load: Callable, row: pd.Series) -> Slice:
         raise CMRError(f'{row["id"]}: marked usable, but it has no label map; read the cohort again')
     return cmr_slice
 
-def _load_rows(load: Callable, rows: pd.DataFrame) -> list[Slice]:
+def _load_rows(load: Callable, rows: list[dict]) -> list[Slice]:
     "The slices of some rows."
-    return [_load(load, row) for _, row in rows.iterrows()]
+    return [_load(load, row) for row in rows]
 
 # %% ../../nbs/16b_cohort.slices.ipynb #16bn035
-def _parts(rows: pd.DataFrame) -> list[pd.DataFrame]:
+def _parts(rows: list[dict]) -> list[list[dict]]:
     "Rows in parts of about seven slices or of whole files: a part never ends within a file."
-    cuts = [i for i in range(1, len(rows)) if rows.image.iloc[i] != rows.image.iloc[i - 1]]
+    cuts = [i for i in range(1, len(rows)) if rows[i]['image'] != rows[i - 1]['image']]
     starts = [0] + cuts[::max(1, 8 * len(cuts) // len(rows))]
-    return [rows.iloc[a:b] for a, b in zip(starts, starts[1:] + [len(rows)])]
+    return [rows[a:b] for a, b in zip(starts, starts[1:] + [len(rows)])]
 
 # %% ../../nbs/16b_cohort.slices.ipynb #16bn038
 def load_slices(
     rows: pd.DataFrame,  # usable rows of a cohort table
     workers: int | None = None,  # processes; None: one per core, at most 8; 0: this process
-    load: Callable = load_slice,  # row -> Slice
+    load: Callable = load_slice,  # row, a dict by column -> Slice
 ) -> Iterator[Slice]:
     "Yield the slices of a table in its order, decoded in parallel; progress is shown for what takes over two seconds."
     workers = min(os.cpu_count() or 1, 8) if workers is None else workers
     pool = ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1 and len(rows) >= 64 else None
-    parts = _parts(rows) if pool else [rows.iloc[i:i + 1] for i in range(len(rows))]
+    records = rows.to_dict('records')
+    parts = _parts(records) if pool else [[row] for row in records]
     decoded = pool.map(_load_rows, repeat(load), parts) if pool else map(_load_rows, repeat(load), parts)
-    with progress(total=len(rows), description='reading slices', unit='slice') as bar:
+    with progress(total=len(records), description='reading slices', unit='slice') as bar:
         try:
             for slices in decoded:
                 bar.update(len(slices))
