@@ -58,7 +58,7 @@ def make_site(site):
 
 
 if __name__ == '__main__':
-    site = Path(sys.argv[1] if sys.argv[1:] else ROOT/'site')
+    site = Path(sys.argv[1] if sys.argv[1:] else os.path.relpath(ROOT/'site'))
     code = make_site(site)
-    if code == 0: print(f'{site}: open {site/"index.html"} in a browser, or: python -m http.server -d {site}')
+    if code == 0: print(f'Open {site/"index.html"} in a browser. Over SSH: python -m http.server -d {site} 8000')
     sys.exit(code)
