@@ -242,7 +242,7 @@ cmr 'tmux new -d -s ui "cd cmr_diffusion && MLFLOW_SERVER_ENABLE_JOB_EXECUTION=f
 ssh -F "$HERE/ssh_config" -o ExitOnForwardFailure=yes -N cmr > "$HERE/forward.log" 2>&1 &
 forward=$!
 check 'port 8888 is forwarded (a small HTTP server)' patiently eval 'curl -sf http://localhost:18888/sent | cmp - "$HERE/sent"'
-check 'port 5000 is forwarded (the MLflow UI is healthy)' patiently says OK curl -sf http://localhost:15000/health
+check 'port 5000 is forwarded (the MLflow UI is healthy)' patiently curl -sf http://localhost:15000/health
 kill "$forward"
 cmr 'tmux kill-session -t ui; tmux kill-session -t web'
 
@@ -250,6 +250,7 @@ cmr "cat >> .ssh/authorized_keys; chmod 600 .ssh/authorized_keys" < "$HERE/stran
 before=$(date +%s)
 check 'docker stop (SIGTERM) ends the container' halt
 echo "    in $(($(date +%s) - before)) s"
+check 'its log says that programs were asked to stop' says 'asking [0-9]* program' log
 check 'sshd is gone' eval '! straight cmr true'
 check 'the training finished its step and said how to go on' grep -q 'cmr_train /data/cache --resume' "$HERE/data/night.log"
 begin > /dev/null

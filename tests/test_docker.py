@@ -166,3 +166,24 @@ def test_readme_shows_that_block():
     block = [line for line in (ROOT/'docker'/'ssh_config').read_text().splitlines() if line and line[0] != '#']
     shown = [line.partition('#')[0].strip() for line in text.splitlines()]
     assert all(line.strip() in shown for line in block)
+
+
+def test_before_a_stop_each_python_program_is_asked_once(tmp_path):
+    "A training and torchrun are asked; their children, a shell, tmux and an editor are not."
+    processes = """
+        10 1 tmux new -d -s night cmr_train /data/cache
+        11 10 bash -c cmr_train /data/cache | tee python.log
+        12 11 /home/cmr/cmr_diffusion/.venv/bin/python3 /home/cmr/cmr_diffusion/.venv/bin/cmr_train /data/cache
+        13 12 /home/cmr/cmr_diffusion/.venv/bin/python3 -c from multiprocessing.spawn import spawn_main
+        20 1 python3.12 -m torch.distributed.run -m cmr_diffusion train
+        21 20 /usr/bin/python3.12 -m cmr_diffusion train
+        30 1 vi python
+        31 1 /home/cmr/.vscode-server/node python.js
+        32 31 /home/cmr/cmr_diffusion/.venv/bin/python -m ipykernel_launcher"""
+    (tmp_path/'ps').write_text(f"#!/bin/sh\ncat <<'END'{processes}\nEND\n")
+    (tmp_path/'ps').chmod(0o755)
+    start = (ROOT/'docker'/'start_sshd').read_text()
+    function = re.search(r'^programs\(\) \{\n.*?^\}\n', start, re.M | re.S).group()
+    path = os.pathsep.join([str(tmp_path), os.environ['PATH']])
+    done = run('bash', '-c', f'user=cmr\n{function}programs', env={**os.environ, 'PATH': path})
+    assert sorted(done.stdout.split()) == ['12', '20', '32'], done.stderr
