@@ -19,7 +19,7 @@ def help_text():
     "What `--help` prints."
     lines = ['usage: python -m cmr_diffusion COMMAND ...']
     lines += ['       torchrun --nproc-per-node N -m cmr_diffusion COMMAND ...', '']
-    for name in COMMANDS: lines.append(f'  {name:<10}{" ".join((function(name).__doc__ or "").split())}')
+    for name in COMMANDS: lines.append(f'  {name:<10}{(function(name).__doc__ or "").partition("Example:")[0].strip()}')
     several = ' and '.join(SEVERAL)
     return '\n'.join([*lines, '', f'COMMAND --help lists the options of a command. torchrun is for {several}.'])
 

@@ -45,29 +45,36 @@ def _found(report) -> dict:
 # %% ../nbs/70_cli.ipynb #500019
 @command
 def cmr_sample(
-    run: str,  # name or id of an MLflow run, or a checkpoint folder
+    run: str,  # model that paints: name or id of a run, or a checkpoint folder
     masks: Annotated[str, 'cache or folder of a cohort whose label maps are painted, or phantom:200 for drawn ones',
                      dict(opt=True, required=True)],
-    out: str,  # folder to write the synthetic cohort to
-    layout: str = 'semmelweis',  # of MASKS where it is a cohort's folder
+    out: str,  # folder to write the synthetic cohort to; an older one there is replaced
+    # how the folder of MASKS is laid out where it is a cohort and no cache, as for cmr_prepare
+    layout: str = 'semmelweis',
     split: str = None,  # only masks of these splits, as test or train,test (default: all)
-    type: str = None,  # image type to paint (default: that of each mask)
-    spacing: str = None,  # mm of the painted pixels, or 'native' (default: as in training)
-    guidance: Guidance = 1.0,  # above 1: closer to the mask, less varied
-    steps: Samplings = 20,  # evaluations of the network per image
-    sampler: Sampler = 'dpmpp_2m',  # dpmpp_2m, heun, ddim, ddpm
+    type: str = None,  # image type to paint, as T1 (default: that of each mask)
+    spacing: str = None,  # size of the painted pixels in mm, or native, that of each mask (default: as in training)
+    # how strongly the mask guides the painting, 0 to 100: above 1 is closer to it and less varied
+    guidance: Guidance = 1.0,
+    steps: Samplings = 20,  # evaluations of the network per image, 1 to 1000: more take longer
+    sampler: Sampler = 'dpmpp_2m',  # method that makes an image from noise; ddpm needs hundreds of steps
     per_mask: Count = 1,  # images per mask
-    values: str = 'draw',  # tissue values: draw, own (the mask's), none, or a text as "T1 myocardium=1150" (ms)
-    deform: bool = False,  # deform the heart of each synthetic patient; with --per-mask 5, five different hearts
-    stacks: bool = True,  # the slices of a stack have noise of their own; without this they share its coarse part
-    format: Format = 'dicom',  # nifti: volumes, too, in the folder nifti of OUT
-    seed: Seed = 0,  # the same seed, the same images
-    batch_size: Batch = 32,  # images painted at once
-    precision: Precision = 'auto',  # float32, bfloat16, or auto: what the machine is built for
-    compile: bool = False,  # compile the network first: minutes, for faster steps on a GPU
-    device: str = None,  # cpu, cuda, or mps, which is untested (default: a GPU where there is one)
+    # tissue values to ask for: draw (from the training patients), own (of each mask's own image), none, or a text in
+    # ms such as "T1 myocardium=1150" or "T1 myocardium=1100-1300"
+    values: str = 'draw',
+    # deform the heart of each synthetic patient; with --per-mask 5 there are five different hearts
+    deform: bool = False,
+    stacks: bool = True,  # let the slices of a stack have noise of their own; otherwise they share its coarse part
+    format: Format = 'dicom',  # nifti writes volumes, too, in the folder nifti of OUT
+    seed: Seed = 0,  # whole number that the images are drawn from; the same one gives the same images
+    batch_size: Batch = 32,  # images that are painted at once; fewer need less memory
+    precision: Precision = 'auto',  # arithmetic of the network; auto takes what the machine is built for
+    compile: bool = False,  # compile the network first, which takes minutes and makes painting on a GPU faster
+    device: str = None,  # cpu, cuda, cuda:1, or mps, which is untested (default: a GPU where there is one)
 ) -> Outcome:
-    "Paint label maps with a trained model, and write what comes out as a cohort."
+    """Paint label maps with a trained model, and write what comes out as a cohort.
+
+    Example: cmr_sample first --masks cache synthetic --split train,test"""
     from cmr_diffusion.results import check_result
     from cmr_diffusion.synthesis.cohort import synthesize
     from cmr_diffusion.tracking import resolve_run
@@ -89,26 +96,36 @@ def cmr_sample(
 # %% ../nbs/70_cli.ipynb #500020
 @command
 def cmr_evaluate(
-    cache: str,  # folder of the real cohort's cache
+    cache: str,  # folder of the cache of the real cohort
     synthetic: str,  # folder that cmr_sample wrote
-    quick: bool = False,  # a quarter of the training of each segmentation network, fewer networks and controls
-    steps: Steps = None,  # of the training of each segmentation network (default: 600, or 150 with --quick)
-    model: str = None,  # run or checkpoint folder that painted SYNTHETIC (default: the run that it names)
-    fractions: str = None,  # percent of the training patients, as 10,100: each gets a generator of its own
-    generator_steps: Steps = None,  # of the training of each of these generators (default: as of the model)
-    spacings: str = None,  # mm, as 1.5,2,2.5: paints 60 test masks at each, to see whether sizes come out right
-    judge: Judge = 'unet',  # networks of the arms: unet, published (Kalapos 2023), nnunet (only exported)
-    judge_weights: str = None,  # file with weights of the published judge's encoder (default: random ones)
-    encoders: str = None,  # folder with weights of published encoders, for the distances of features
-    max_copies: Annotated[float, Interval(ge=0)] = None,  # exit code 1 where more images (below 1: share) are copies
-    max_auc: Annotated[float, Interval(ge=.5, le=1)] = None,  # the same where membership may be told better than this
-    log_real: bool = False,  # let images of real patients enter the MLflow run
-    layout: str = 'semmelweis',  # of SYNTHETIC
-    out: str = None,  # folder for report.html, tables and figures (default: evaluation in SYNTHETIC)
-    seed: Seed = 0,  # of controls, intervals and figures
-    device: str = None,  # cpu, cuda, or mps, which is untested (default: a GPU where there is one)
+    quick: bool = False,  # train each segmentation network for a quarter of the time, and train fewer of them
+    steps: Steps = None,  # steps of the training of each segmentation network (default: 600, or 150 with --quick)
+    model: str = None,  # run or checkpoint folder of the model that painted SYNTHETIC (default: the run that it names)
+    # train a generator of its own on each of these shares of the training patients, in percent, as 10,100
+    fractions: str = None,
+    # steps of the training of each of these generators (default: as many as the model has)
+    generator_steps: Steps = None,
+    # paint 60 masks of test patients at each of these pixel sizes in mm, as 1.5,2,2.5, to see whether sizes come out
+    # right
+    spacings: str = None,
+    # segmentation network that is trained on the images: unet, published (Kalapos 2023), or nnunet, which is only
+    # exported
+    judge: Judge = 'unet',
+    judge_weights: str = None,  # file with weights for the encoder of the published network (default: random weights)
+    encoders: str = None,  # folder with weights of published encoders, for the distances of features (default: none)
+    # end with exit code 1 if more images than this are copies of training images; a number below 1 is a share
+    max_copies: Annotated[float, Interval(ge=0)] = None,
+    # end with exit code 1 if training patients may be told from others better than this, 0.5 to 1
+    max_auc: Annotated[float, Interval(ge=.5, le=1)] = None,
+    log_real: bool = False,  # let pictures of real patients enter the MLflow run
+    layout: str = 'semmelweis',  # how the folder SYNTHETIC is laid out
+    out: str = None,  # folder for the report, its tables and its pictures (default: evaluation in SYNTHETIC)
+    seed: Seed = 0,  # whole number that controls, intervals and the choice of pictures are drawn from
+    device: str = None,  # cpu, cuda, cuda:1, or mps, which is untested (default: a GPU where there is one)
 ) -> Outcome:
-    "Say how good a synthetic cohort is: like real images, true to its masks, of use in training, and no copies."
+    """Say how good a synthetic cohort is: like real images, true to its masks, of use in training, and no copies.
+
+    Example: cmr_evaluate cache synthetic --quick"""
     from dataclasses import replace
     from cmr_diffusion.evaluation.privacy import check_privacy
     from cmr_diffusion.evaluation.report import evaluate
@@ -131,16 +148,22 @@ def cmr_evaluate(
 @command
 def cmr_demo(
     out: str = 'demo',  # folder to work in; the demo's own folders in it are replaced
-    minutes: Minutes = 5.0,  # of training; on two cores without a GPU the rest takes about as long
-    patients: Annotated[int, Interval(ge=2, le=100_000)] = 24,  # of the phantom
-    size: int = 48,  # pixels per side of the grid
-    spacing: str = '2.0-3.0',  # mm, drawn per sample in training
-    steps: Samplings = 12,  # evaluations of the network per image
-    guidance: Guidance = 1.0,  # above 1: closer to the mask, less varied
-    seed: Seed = 0,  # of everything
-    device: str = None,  # cpu, cuda, or mps, which is untested (default: a GPU where there is one)
+    # length of the training in minutes; on two cores without a GPU, the rest takes about as long
+    minutes: Minutes = 5.0,
+    patients: Annotated[int, Interval(ge=2, le=100_000)] = 24,  # number of patients of the phantom
+    size: int = 48,  # pixels per side of the square grid
+    spacing: str = '2.0-3.0',  # size of the grid's pixels in mm, or a range from which each sample draws
+    steps: Samplings = 12,  # evaluations of the network per image, 1 to 1000
+    # how strongly the mask guides the painting, 0 to 100: above 1 is closer to it and less varied
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,  # whole number that everything is drawn from
+    device: str = None,  # cpu, cuda, cuda:1, or mps, which is untested (default: a GPU where there is one)
 ) -> Outcome:
-    "Phantom, prepare, train, sample, evaluate: the whole way, small."
+    """Phantom, prepare, train, sample, evaluate: the whole way, small.
+
+    Example: cmr_demo --minutes 5"""
+    from cmr_diffusion.extras import require
+    require('evaluate')
     from cmr_diffusion import Geometry, TrainConfig, evaluate, make_phantom, prepare, read_cohort, synthesize, train
     from cmr_diffusion.results import check_result
     from cmr_diffusion.tracking import check_store

@@ -17,6 +17,7 @@ from pathlib import Path
 from fastcore.script import anno_parser
 
 from . import __version__
+from .command_help import readable
 from .core import CMRError, logger, one_line
 from .interrupts import interrupted, interruptible, kept
 from .outcome import Outcome
@@ -50,11 +51,9 @@ def _parser(func):
     parser.add_argument('--version', action='version', version=version, help="show the program's version and exit")
     parser.add_argument('--json', action='store_true', help='print the outcome as one JSON object, for scripts')
     parser.add_argument('--quiet', action='store_true', help='no progress bars, and no log but warnings and errors')
-    for option in parser._actions:  # what a switch such as --no-tissue-values turns off is no default of its own
-        if option.const is False: option.help = option.help.removesuffix(' (default: True)')
     def error(message): raise CMRError(_in_our_words(message, func))
     parser.error = error
-    return parser
+    return readable(parser, func)
 
 # %% ../nbs/69_command_line.ipynb #69n012
 def typed_arguments(

@@ -19,11 +19,13 @@ from .outcome import Outcome
 # %% ../nbs/69c_data_commands.ipynb #69cn005
 @command
 def cmr_phantom(
-    out: str,  # folder to write the cohort to
-    patients: Count = 12,  # T1 and T2 maps at three levels of each
-    seed: Seed = 0,  # the same seed, the same bytes
+    out: str,  # folder to write the cohort to; a phantom cohort that is there already is replaced
+    patients: Count = 12,  # number of patients; each has T1 and T2 maps at three levels
+    seed: Seed = 0,  # whole number that the patients are drawn from; the same one gives the same files
 ) -> Outcome:
-    "Write a phantom cohort: real DICOM files and contours, no real patient."
+    """Write a phantom cohort: real DICOM files and contours, no real patient.
+
+    Example: cmr_phantom phantom --patients 24"""
     from cmr_diffusion.cohort.phantom import make_phantom
     folder = make_phantom(out, patients=patients, seed=seed)
     line = f'{folder}: {patients} patient{"s"*(patients > 1)}'
@@ -32,17 +34,24 @@ def cmr_phantom(
 # %% ../nbs/69c_data_commands.ipynb #69cn009
 @command
 def cmr_check(
-    root: str,  # folder of the cohort
-    layout: str = 'semmelweis',  # its folders: semmelweis, acdc, sunnybrook, mnms, mnms2, csv (or ROOT a CSV)
-    out: str = 'findings',  # folder for findings.csv and findings.html, which shows patients
-    strict: bool = False,  # exit code 1 where an error is left
-    split: str = 'default',  # as of cmr_prepare
-    scale: str = None,  # stored value to unit, as T2=0.1 for tenths of a millisecond
-    observer: Annotated[int, Interval(ge=1, le=99)] = 1,  # whose contours: 2 for Contours_2.json
-    pseudonymise: str = None,  # file with a secret: patients are named by a hash of it and their key
-    seed: Seed = 0,  # of the default split
+    root: str,  # folder of the cohort, or a table (CSV) with --layout csv
+    # how the folders of the cohort are laid out: semmelweis, acdc, sunnybrook, mnms, mnms2, or csv for a table
+    layout: str = 'semmelweis',
+    # folder for findings.csv and findings.html, which shows patients (default: findings, which git ignores)
+    out: str = 'findings',
+    strict: bool = False,  # end with exit code 1 if an error is left that nothing has repaired, for use in scripts
+    split: str = 'default',  # who trains, validates and tests, as for cmr_prepare
+    # factor from stored values to ms, as T2=0.1 for files that hold tenths of a ms; several with commas
+    scale: str = None,
+    # whose contours to read, 1 to 99: 2 takes Contours_2.json (layout semmelweis only)
+    observer: Annotated[int, Interval(ge=1, le=99)] = 1,
+    # text file with a secret of your own; patients are then named by a hash of it and their folder
+    pseudonymise: str = None,
+    seed: Seed = 0,  # whole number that decides the default split
 ) -> Outcome:
-    "Say what is wrong with a cohort, as a count, a table and a page with pictures; no file of it is changed."
+    """Say what is wrong with a cohort, as a count, a table and a page with pictures; no file of it is changed.
+
+    Example: cmr_check my_cohort --layout acdc"""
     from cmr_diffusion.cohort.quality import count_findings, findings, write_findings
     from cmr_diffusion.cohort.table import pseudonyms
     from cmr_diffusion.results import check_result
@@ -64,22 +73,31 @@ def cmr_check(
 # %% ../nbs/69c_data_commands.ipynb #69cn013
 @command
 def cmr_prepare(
-    root: str,  # folder of the cohort
-    cache: str,  # folder to write the cache to
-    layout: str = 'semmelweis',  # its folders: semmelweis, acdc, sunnybrook, mnms, mnms2, csv (or ROOT a CSV)
-    split: str = 'default',  # default (splits.csv in ROOT, else a seeded hash), semmelweis, or a CSV: patient, split
-    type: str = None,  # only this image type, as T1
-    size: int = 64,  # pixels per side of the square grid
-    spacing: str = '1.5-2.5',  # 'native', mm of the grid's pixels, or a range of mm, drawn per sample
-    crop: Crop = 'heart',  # heart: a window about the label map's centroid; none: the whole matrix, padded
-    jitter: int = 0,  # largest shift of that window in training, grid pixels
-    scale: str = None,  # stored value to unit, as T2=0.1 for tenths of a millisecond
-    observer: Annotated[int, Interval(ge=1, le=99)] = 1,  # whose contours: 2 for Contours_2.json
-    pseudonymise: str = None,  # file with a secret: patients are named by a hash, and the cache names no file
-    seed: Seed = 0,  # of the default split
-    workers: Workers = None,  # processes that decode; 0: only this one (default: one per core)
+    root: str,  # folder of the cohort, or a table (CSV) with --layout csv
+    cache: str,  # folder to write the cache to; an older cache there is replaced
+    # how the folders of the cohort are laid out: semmelweis, acdc, sunnybrook, mnms, mnms2, or csv for a table
+    layout: str = 'semmelweis',
+    # who trains, validates and tests: default (splits.csv of the cohort, or else a hash of each patient and the
+    # seed), semmelweis, or a CSV file with the columns patient and split
+    split: str = 'default',
+    type: str = None,  # take only this image type, as T1 (default: all)
+    size: int = 64,  # pixels per side of the square grid, an even number from 8 to 4096
+    # size of the grid's pixels in mm, a range such as 1.5-2.5 from which each sample draws, or native
+    spacing: str = '1.5-2.5',
+    crop: Crop = 'heart',  # heart: a window around the heart; none: the whole image, which has to fit into the grid
+    jitter: int = 0,  # in training, move the window by up to this many pixels of the grid
+    # factor from stored values to ms, as T2=0.1 for files that hold tenths of a ms; several with commas
+    scale: str = None,
+    # whose contours to read, 1 to 99: 2 takes Contours_2.json (layout semmelweis only)
+    observer: Annotated[int, Interval(ge=1, le=99)] = 1,
+    # text file with a secret of your own; patients are then named by a hash, and the cache names no file
+    pseudonymise: str = None,
+    seed: Seed = 0,  # whole number that decides the default split
+    workers: Workers = None,  # processes that decode files; 0 for this one alone (default: one per core)
 ) -> Outcome:
-    "Read a cohort and write the cache that training and evaluation take."
+    """Read a cohort and write the cache that training and evaluation take.
+
+    Example: cmr_prepare my_cohort cache --size 64 --spacing 1.5-2.5"""
     from cmr_diffusion.cohort import table as cohort
     from cmr_diffusion.grid.cache import prepare
     from cmr_diffusion.grid.geometry import Geometry

@@ -54,7 +54,7 @@ def _tell(page: str, port: int, browser: bool) -> Outcome:
 
 @command
 def cmr_ui(
-    port: _Port = 5000,  # of this machine, where the page will be
+    port: _Port = 5000,  # port of this machine at which the page will be
     open: bool = False,  # open the page in the browser
     experiment: str = None,  # MLflow experiment to show (default: that of the newest run)
 ) -> Outcome:

@@ -74,28 +74,34 @@ def _trained(cache: str, run_id: str, folder: Path | None, name: str | None) -> 
 @command
 def cmr_train(
     cache: str,  # folder that cmr_prepare wrote
-    resume: str = None,  # run that was stopped (name or id): it goes on, with the settings that it has
-    save_every: Minutes = 10.0,  # minutes between two points to resume from; each check writes one, too
-    preset: Preset = 'small',  # size of the network: tiny, small, base, paper
-    recipe: Recipe = 'edm',  # edm, or paper (as published)
-    steps: Steps = None,  # optimizer steps
-    minutes: Minutes = None,  # time box (default: 60 where no --steps is given); with --steps, whichever ends first
-    init: str = None,  # run or checkpoint folder whose weights to start from
-    batch_size: str = '16',  # slices per step, over all processes; auto: halved until it fits into memory
-    learning_rate: Annotated[float, Interval(gt=0, le=.1)] = 4e-4,  # its highest value
-    precision: Precision = 'auto',  # float32, bfloat16, or auto: what the machine is built for
-    balance: bool = False,  # draw image types equally, however many slices each has
+    resume: str = None,  # run that was stopped, by name or id: it goes on with the settings that it has
+    # minutes between two points from which a stopped training can go on; each check writes one, too
+    save_every: Minutes = 10.0,
+    preset: Preset = 'small',  # size of the network, from the smallest to that of the publication
+    recipe: Recipe = 'edm',  # how noise is added and removed: edm, or paper, as published
+    steps: Steps = None,  # length of the training in steps, as 20000 (default: no limit but --minutes)
+    # length of the training in minutes; with --steps, whichever ends first (default: 60 without --steps)
+    minutes: Minutes = None,
+    init: str = None,  # run or checkpoint folder whose weights to start from (default: random weights)
+    batch_size: str = '16',  # slices per step, over all processes; auto tries less until it fits into memory
+    learning_rate: Annotated[float, Interval(gt=0, le=.1)] = 4e-4,  # largest learning rate, up to 0.1
+    precision: Precision = 'auto',  # arithmetic of the network; auto takes what the machine is built for
+    balance: bool = False,  # draw all image types equally often, however many slices each has
     tissue_values: bool = True,  # train a model that cannot be asked for tissue values
-    checkpointing: bool = False,  # recompute in the backward pass to save memory
-    compile: bool = False,  # compile the network first: minutes, for a faster step on a GPU
-    checks: Count = 10,  # validations, sample grids and checkpoints over the training
-    seed: Seed = 0,  # of weights, noise and order
-    device: str = None,  # cpu, cuda, or mps, which is untested (default: a GPU where there is one)
-    experiment: str = 'cmr_diffusion',  # MLflow experiment
-    run_name: str = None,  # name of the MLflow run (default: MLflow makes one up)
-    register: str = None,  # name in MLflow's registry of models: the trained model becomes its next version
+    checkpointing: bool = False,  # save memory by computing parts of each step twice
+    compile: bool = False,  # compile the network first, which takes minutes and makes steps on a GPU faster
+    # how often, over the training, to validate, to paint a grid of samples and to write a checkpoint
+    checks: Count = 10,
+    seed: Seed = 0,  # whole number that weights, noise and order are drawn from
+    device: str = None,  # cpu, cuda, cuda:1, or mps, which is untested (default: a GPU where there is one)
+    experiment: str = 'cmr_diffusion',  # MLflow experiment that the run belongs to
+    run_name: str = None,  # name of the run (default: MLflow makes one up)
+    # name in MLflow's registry of models; the trained model becomes its next version (default: not registered)
+    register: str = None,
 ) -> Outcome:
-    "Train a model on a cache; everything goes into one MLflow run."
+    """Train a model on a cache; everything goes into one MLflow run.
+
+    Example: cmr_train cache --preset small --minutes 60 --run-name first"""
     from cmr_diffusion.grid.cache import CohortCache
     from cmr_diffusion.training.learner import train
     from cmr_diffusion.training.stopping import resume_line

@@ -21,13 +21,14 @@ def one_line(done, *parts):
 def test_help_names_every_option_and_what_it_does(place, name):
     done = place.run(name, '--help')
     assert done.returncode == 0 and 'usage: ' + name in done.stdout
-    options = [line.strip() for line in done.stdout.splitlines() if line.startswith('  --')]
-    assert options and all(len(line.split('  ', 1)) == 2 for line in options), done.stdout  # each with its help
+    options = re.split(r'^  (?=-)', done.stdout, flags=re.M)[1:]
+    assert options and all(re.fullmatch(r'-\S[^\n]*?(?:  +|\n +)\S.*', o, re.S) for o in options), options  # with help
+    for word in ('None', '(str', '(int', '(float', 'default: True', 'default: False'): assert word not in done.stdout
 
 
 def test_a_switch_that_turns_off_has_no_default_of_its_own(place):
     said = ' '.join(place.here('cmr_train', '--help').stdout.split())
-    assert 'a model that cannot be asked for tissue values --checkpointing' in said
+    assert 'a model that cannot be asked for tissue values --checks' in said
 
 
 def test_options_with_underscores_are_options_with_hyphens(place):

@@ -132,3 +132,27 @@ def test_a_caller_in_python_gets_the_outcome(tmp_path, capsys):
     from cmr_diffusion.cli import cmr_phantom
     done = cmr_phantom(tmp_path/'p', patients=1)
     assert done.facts['patients'] == 1 and str(done) == f'{tmp_path/"p"}: 1 patient' and not capsys.readouterr().out
+
+
+def test_what_shows_patients_stays_out_of_git(outcomes):
+    "A cohort is checked, prepared and evaluated within somebody's own repository."
+    at = outcomes['place'].folder
+    def git(*words): return subprocess.run(['git', *words], cwd=at, capture_output=True, text=True, check=True).stdout
+    git('init', '-q')
+    new = {line.split(maxsplit=1)[1].strip('"') for line in git('status', '--porcelain', '-uall').splitlines()}
+    assert any(name.startswith('phantom/') for name in new)  # git sees what is no secret
+    secret = ('findings/', 'cache/', 'synthetic/evaluation/')
+    assert all((at/folder).is_dir() for folder in secret)
+    assert not [name for name in new if name.startswith(secret)]
+    assert '*' in (at/'cache'/'.gitignore').read_text().splitlines()
+
+
+def test_a_folder_with_other_files_is_not_left_out_of_git(outcomes):
+    place, at = outcomes['place'], outcomes['place'].folder/'other'
+    at.mkdir()
+    (at/'thesis.txt').write_text('years of work')
+    assert said(place.here('cmr_check', 'phantom', '--out', 'other', '--json'))
+    assert 'findings.html' in (at/'.gitignore').read_text() and '*' not in (at/'.gitignore').read_text()
+    (at/'.gitignore').write_text('*.log\n')
+    done = place.here('cmr_check', 'phantom', '--out', 'other')
+    assert done.returncode == 0 and (at/'.gitignore').read_text() == '*.log\n'

@@ -22,7 +22,8 @@ from .rows import is_of_label
 from .tables import write_csv
 from ..core import CMRError
 from ..figures import COLOURS
-from ..results import result
+from ..marks import MARK
+from ..results import hide_from_git, result
 
 # %% ../../nbs/17_cohort.quality.ipynb #060005
 KINDS = dict(  # severity -> kinds, the gravest first
@@ -267,4 +268,5 @@ def write_findings(
     with result(folder, 'findings') as room:
         write_csv(hidden, room/'findings.csv')
         (room/'findings.html').write_text(_page(hidden, table, tags), encoding='utf-8')
+        hide_from_git(room, ('findings.csv', 'findings.html', MARK, '.gitignore'))
     return Path(folder)/'findings.html'

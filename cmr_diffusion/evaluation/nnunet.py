@@ -23,7 +23,7 @@ from .overlap import check_training_rows, structures_of
 from .readings import arm_rows
 from ..grid.geometry import Geometry
 from ..output import progress
-from ..results import result
+from ..results import hide_from_git, result
 
 # %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn038
 def acquired(
@@ -175,6 +175,7 @@ def export_nnunet(
     place = Path(folder).resolve()
     if _known(place).get('content') != content:
         with result(place, 'nnunet') as room:
+            hide_from_git(room)
             key = []
             for name, (arm, image_type) in progress(list(names.items()), description='nnU-Net export', unit='set'):
                 key += _write_dataset(room/'nnUNet_raw'/name, arm, image_type, sets, test, transforms, geometry)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 
 from .overlap import Part
-from ..results import result
+from ..results import hide_from_git, result
 
 # %% ../../nbs/65b_evaluation.summary.ipynb #65bn02
 @dataclass
@@ -208,3 +208,4 @@ def write(self: Report,
         for add in also: add(self, room.path)
         self.files = tuple(sorted({*(file.name for file in room.path.iterdir()), 'report.txt'}))
         (room/'report.txt').write_text(self.text() + '\n')
+        hide_from_git(room)

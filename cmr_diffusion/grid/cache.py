@@ -24,7 +24,7 @@ from .cache_files import (
 from .condition import ConditionSpec
 from .geometry import check_fit, Geometry
 from .values import ValueTransform
-from ..results import check_finished, result
+from ..results import check_finished, hide_from_git, result
 from ..rooms import hold
 from ..validation import checked
 
@@ -161,4 +161,5 @@ def prepare(
     with result(folder, 'cache', {*table.image, *table.label}, least) as room:
         _write(room.path, rows, _old_or_read(rows, states, old, workers, load), digest, geometry)
         write_table(room.path, table, states, keep_paths)
+        hide_from_git(room)
     return CohortCache(folder)
