@@ -79,7 +79,8 @@ def readable(
     needed = [_needed(a) for a in parser._actions if a.required]
     parser.usage = ' '.join([parser.prog, *needed, '[options]'])
     parser.description, _, example = (func.__doc__ or '').partition('Example: ')
-    parser.description, parser.epilog = ' '.join(parser.description.split()), example and f'example:\n  {example.strip()}'
+    parser.description = ' '.join(parser.description.split())
+    parser.epilog = example and f'example:\n  {example.strip()}'
     parser.formatter_class = HelpFormatter
     _group(parser)
     return parser
