@@ -23,7 +23,8 @@ from .tables import write_csv
 from ..core import CMRError
 from ..figures import COLOURS
 from ..marks import MARK
-from ..results import hide_from_git, result
+from ..hidden_results import hide_from_git
+from ..results import result
 
 # %% ../../nbs/17_cohort.quality.ipynb #060005
 KINDS = dict(  # severity -> kinds, the gravest first

@@ -23,7 +23,8 @@ from .overlap import check_training_rows, structures_of
 from .readings import arm_rows
 from ..grid.geometry import Geometry
 from ..output import progress
-from ..results import hide_from_git, result
+from ..hidden_results import hide_from_git
+from ..results import result
 
 # %% ../../nbs/64g_evaluation.nnunet.ipynb #64gn038
 def acquired(

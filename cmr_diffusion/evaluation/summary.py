@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 
 from .overlap import Part
-from ..results import hide_from_git, result
+from ..hidden_results import hide_from_git
+from ..results import result
 
 # %% ../../nbs/65b_evaluation.summary.ipynb #65bn02
 @dataclass

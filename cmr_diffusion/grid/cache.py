@@ -24,7 +24,8 @@ from .cache_files import (
 from .condition import ConditionSpec
 from .geometry import check_fit, Geometry
 from .values import ValueTransform
-from ..results import check_finished, hide_from_git, result
+from ..hidden_results import hide_from_git
+from ..results import check_finished, result
 from ..rooms import hold
 from ..validation import checked
 
