@@ -1,5 +1,5 @@
 """Write constraints.txt: the versions that are installed here of all that the package and its extras need."""
-import re, sys
+import sys
 from configparser import ConfigParser
 from importlib.metadata import distribution, PackageNotFoundError
 from pathlib import Path
@@ -32,9 +32,7 @@ def needed(lines):
         name = canonicalize_name(requirement.name)
         if name == 'cmr-diffusion' or requirement.marker and not requirement.marker.evaluate({'extra': extra}): continue
         try: package = distribution(name)
-        except PackageNotFoundError:
-            print(f'{name} is not installed here, and left out', file=sys.stderr)
-            continue
+        except PackageNotFoundError: continue
         for of in {'', *requirement.extras} - found.get(name, (None, set()))[1]:
             ahead += [(Requirement(line), of) for line in package.requires or ()]
         extras = {'', *requirement.extras} | found.get(name, (None, set()))[1]
@@ -43,9 +41,15 @@ def needed(lines):
 
 
 def constraints():
-    "The text of the file."
+    "The text of the file; where an extra is not installed, all lines stay that the file has for other packages."
     extras = settings()
-    packages = needed([line for lines in extras.values() for line in lines])
+    lines = [line for lines in extras.values() for line in lines]
+    packages = needed(lines)
+    missing = {canonicalize_name(Requirement(line).name) for line in lines} - {*packages, 'cmr-diffusion'}
+    if missing:
+        old = [line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if line[0] != '#']
+        packages = dict(sorted((dict(old) | packages).items()))
+        print(f'not installed here, so no line of the file is removed: {", ".join(sorted(missing))}', file=sys.stderr)
     python, system = '.'.join(map(str, sys.version_info[:3])), sys.platform
     head = HEAD.format(python=python, system=system, extras=', '.join(name for name in extras if name))
     return head + ''.join(f'{name}=={version}\n' for name, version in packages.items())

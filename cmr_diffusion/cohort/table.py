@@ -45,8 +45,8 @@ def usable(
 ) -> pd.DataFrame:  # the rows to work with
     "Select the usable rows, of one split and type if asked."
     keep = table.usable
-    if split is not None: keep &= table.split == split
-    if image_type is not None: keep &= table.type == image_type
+    if split is not None: keep = keep & (table.split == split)
+    if image_type is not None: keep = keep & (table.type == image_type)
     return table[keep]
 
 # %% ../../nbs/16_cohort.table.ipynb #040007
