@@ -1,6 +1,6 @@
-"""What pip installs: the archives hold what they must, each of them works alone, and what is missing is said in one line.
+"""What pip installs: the archives hold what they must, each works alone, and what is missing is said in one line.
 
-No test here needs a network. Where a bare environment may see a package of this one, a link in its folder leads there."""
+No test here needs a network. Where a bare environment may see a package of this one, a link in it leads there."""
 import ast, os, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
