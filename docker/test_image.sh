@@ -3,12 +3,14 @@
 #   docker/test_image.sh                     with docker where its daemon answers, else with buildah (as root)
 #   PACKAGES=.venv/lib/python3.11/site-packages docker/test_image.sh
 #                                            packages that are there are mounted instead of installed: minutes instead of 7 GB
-# Further settings: ENGINE=docker|buildah; BASE=an image for docker; IMAGE=NAME, which is built already; WORK=folder for
-# what is made (a base of Debian is kept there); USER_ID=number of the user in the image.
+# Further settings: ENGINE=docker|buildah; BASE=an image for docker; IMAGE=NAME, which is built already and kept;
+# WORK=folder for what is made, which is kept (else it is removed); USER_ID=number of the user in the image; PORT.
+# Needs openssh-server on this machine, and for buildah also: apt-get install buildah mmdebstrap
 # buildah needs no image from a registry: mmdebstrap makes a base of this machine's Debian, and chroot isolation needs no
 # daemon. It shares processes and network with this machine, so that sshd listens on its loopback as docker's -p does.
 set -u
 cd "$(dirname "$0")/.." || exit 1
+KEEP=${WORK:-} BUILT=
 WORK=${WORK:-$(mktemp -d)} PORT=${PORT:-2222} USER_ID=${USER_ID:-23456} PACKAGES=${PACKAGES:-} IMAGE=${IMAGE:-}
 JUMP_PORT=$((PORT + 1))
 NAME=cmr_test_$$
@@ -16,6 +18,15 @@ mkdir -p "$WORK"
 HERE=$(mktemp -d "$WORK/trial.XXXX")
 if [ -z "${ENGINE:-}" ]; then
     if docker info > /dev/null 2>&1; then ENGINE=docker; else ENGINE=buildah; fi
+fi
+if [ "$ENGINE" = buildah ]; then
+    if [ "$(id -u)" != 0 ] || ! command -v buildah mmdebstrap > /dev/null; then
+        echo 'buildah, mmdebstrap and root are needed, or a docker daemon that answers' >&2
+        exit 2
+    elif pgrep -u "$USER_ID" > /dev/null; then
+        echo "user $USER_ID has programs on this machine, which a stop of the container would end: choose another USER_ID" >&2
+        exit 2
+    fi
 fi
 export CONTAINERS_STORAGE_CONF=$WORK/storage.conf
 printf '[storage]\ndriver = "overlay"\ngraphroot = "%s/storage"\nrunroot = "%s/run"\n' "$WORK" "$WORK" > "$CONTAINERS_STORAGE_CONF"
@@ -136,6 +147,11 @@ clean() {
     if [ -n "${jump:-}" ]; then kill "$jump"; fi
     if [ "$ENGINE" = buildah ]; then halt; fi
     discard
+    if [ -n "$BUILT" ] && [ "$ENGINE" = docker ]; then docker rmi "$IMAGE"; fi
+    if [ -z "$KEEP" ]; then
+        if [ "$ENGINE" = buildah ]; then buildah rmi --all --force; fi
+        rm -rf "$WORK"
+    fi
 } > /dev/null 2>&1
 trap clean EXIT
 
@@ -178,7 +194,7 @@ transfer() { printf '%s\n' "$@" | sftp -q -F "$HERE/ssh_config" -o ClearAllForwa
 
 echo "engine: $ENGINE; packages: ${PACKAGES:-installed from the index}"
 if [ -z "$IMAGE" ]; then
-    IMAGE=cmr_image_test
+    IMAGE=cmr_image_test BUILT=yes
     check 'the image is built' build
     [ $failed = 0 ] || exit 1
 fi
