@@ -160,12 +160,15 @@ def test_the_block_for_the_clients_settings_is_read_by_ssh():
     assert {'localforward 8888 [localhost]:8888', 'localforward 5000 [localhost]:5000'} <= set(done.stdout.splitlines())
 
 
-def test_readme_shows_that_block():
-    text = (ROOT/'README.md').read_text()
-    if 'ProxyJump' not in text: pytest.skip('README.md has no block for ~/.ssh/config')
+@pytest.mark.parametrize('page', ['docs/ssh.md', 'README.md'])
+def test_pages_show_that_block(page):
+    text = (ROOT/page).read_text()
+    if page == 'README.md' and 'ProxyJump' not in text: pytest.skip('README.md has no block for ~/.ssh/config')
     block = [line for line in (ROOT/'docker'/'ssh_config').read_text().splitlines() if line and line[0] != '#']
     shown = [line.partition('#')[0].strip() for line in text.splitlines()]
-    assert all(line.strip() in shown for line in block)
+    begin = shown.index(block[0].strip())
+    assert shown[begin:begin + len(block)] == [line.strip() for line in block]
+    assert '-v ~/.ssh/authorized_keys:/keys.pub:ro' in text and '--stop-timeout 120' in text
 
 
 def test_before_a_stop_each_python_program_is_asked_once(tmp_path):
