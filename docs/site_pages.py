@@ -13,6 +13,7 @@ HIDDEN = re.compile(r'^#\|\s*(hide|default_exp)\b', re.M)  # cells that a reader
 EXPORTED = re.compile(r'^#\|\s*exports?\b', re.M)  # cells that make the module
 GUIDE = 'installing ssh data training painting evaluation runs python'.split()  # docs/NAME.md, in this order
 FOLDED = '??? quote "Imports"\n\n'
+CHAPTER = re.compile(r'(?<!\[)(`(?:nbs/)?(\d\d\w*_[\w.]+?)(?:\.ipynb)?`)')
 LINK = re.compile(r'(\]\()([^)\s#]+)([^)]*\))')
 
 
@@ -32,6 +33,19 @@ def spaced(text):
         goes_on = re.match(r'\s*([*+-]|\d+\.)\s', before) or before.startswith(('|', ' ', '\t'))
         if begins and before.strip() and not goes_on and not inside: out.append('')
         out.append(line)
+    return '\n'.join(out) + '\n'
+
+
+def with_chapters(text, page):
+    "Markdown in which `30_model.sdm` or `nbs/30_model.sdm.ipynb` is a link to that chapter, but for blocks of code."
+    def link(found):
+        stem = found.group(2)
+        if not (ROOT/'nbs'/f'{stem}.ipynb').exists(): return found.group(0)
+        return f'[{found.group(1)}]({os.path.relpath(f"nbs/{stem}.md", Path(page).parent)})'
+    out, inside = [], False
+    for line in text.splitlines():
+        if re.match(r'\s*(```|~~~)', line): inside = not inside
+        out.append(line if inside or line.startswith('    ') else CHAPTER.sub(link, line))
     return '\n'.join(out) + '\n'
 
 
@@ -64,7 +78,7 @@ def chapter(path, place):
     parts = []
     for number, cell in enumerate(json.loads(path.read_text())['cells']):
         source = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': parts.append(spaced(source))
+        if cell['cell_type'] == 'markdown': parts.append(with_chapters(spaced(source), f'nbs/{path.name}'))
         if cell['cell_type'] != 'code' or HIDDEN.search(source): continue
         code = '\n'.join(line for line in source.splitlines() if not line.startswith('#|')).strip()
         kind = ' .exported' if EXPORTED.search(source) else ''
@@ -146,11 +160,12 @@ def module_page(module, path):
 
 def main_names():
     "The page of the names that `import cmr_diffusion` gives, each with the module that has it."
-    names = {name: defined(name, module)[0] for name, module in table_in('__init__.py', '_CHAPTERS').items()}
+    names = {name: defined(name, module) for name, module in table_in('__init__.py', '_CHAPTERS').items()}
     lines = ['# Modules', '', 'These names can be imported from `cmr_diffusion` itself. The page of a module lists '
              'all that is public in it: arguments with their types, their defaults, and the notes that stand beside '
-             'them in the source, which `help()` does not show.', '', '| name | module |', '|---|---|']
-    lines += [f'| `{name}` | [`{m}`]({m}.md) |' for name, m in names.items()]
+             'them in the source, which `help()` does not show.', '', '| name | what it is | module |', '|---|---|---|']
+    for name, (module, says) in names.items():
+        lines.append(f'| [`{name}`]({module}.md#cmr_diffusion.{module}.{name}) | {says} | [`{module}`]({module}.md) |')
     return '\n'.join(lines) + '\n'
 
 
@@ -161,7 +176,7 @@ def write_pages(folder):
         (folder/name).write_text(text)
     nav = navigation()
     for page in [p for p in files_of(nav) if (ROOT/p).exists()]:
-        text = spaced(linked((ROOT/page).read_text(), page, folder))
+        text = with_chapters(spaced(linked((ROOT/page).read_text(), page, folder)), page)
         write(page, '---\nhide: [navigation]\n---\n' + text if page == 'README.md' else text)
     for path in notebooks():
         module = module_of(path)

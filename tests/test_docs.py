@@ -13,7 +13,7 @@ from argument_notes import arguments_of, comments_of, notes_of, patched_class, p
 from contents import llms, module_of, table_in  # noqa: E402
 from make_site import PYTHON_PAGES, settings  # noqa: E402
 from pipeline import pipeline  # noqa: E402
-from site_pages import chapter, files_of, linked, navigation, notebooks, spaced  # noqa: E402
+from site_pages import chapter, files_of, linked, navigation, notebooks, spaced, with_chapters  # noqa: E402
 
 TOOLS = 'mkdocs', 'material', 'mkdocstrings_handlers.python', 'griffe', 'pymdownx', 'latex2mathml'
 MADE = [n for n in notebooks() if module_of(n)]
@@ -125,6 +125,15 @@ def test_lists_get_the_empty_line_that_the_site_wants():
     assert spaced('text\n* one\n* two\n    more\n* three') == 'text\n\n* one\n* two\n    more\n* three\n'
     assert spaced('a\n| b |\n|---|') == 'a\n\n| b |\n|---|\n'
     assert spaced('```\na\n* b\n```') == '```\na\n* b\n```\n'
+
+
+def test_names_of_chapters_are_links():
+    said = 'see `00_core` and `nbs/00_core.ipynb`, [`00_core`](x), `00_nothing`\n\n    `00_core`'
+    text = with_chapters(said, 'docs/x.md')
+    one, two = '[`00_core`](../nbs/00_core.md)', '[`nbs/00_core.ipynb`](../nbs/00_core.md)'
+    assert text == f'see {one} and {two}, [`00_core`](x), `00_nothing`\n\n    `00_core`\n'
+    assert with_chapters('```\n`00_core`\n```', 'README.md') == '```\n`00_core`\n```\n'
+    assert with_chapters('`00_core`', 'nbs/01_figures.ipynb') == '[`00_core`](00_core.md)\n'
 
 
 def test_links_to_notebooks_lead_to_pages_and_other_files_come_along(tmp_path):
