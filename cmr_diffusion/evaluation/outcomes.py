@@ -92,7 +92,7 @@ def figures_of(
     columns = 'figure name run unit value low high best worst verdict reference chart'.split()
     rows = [dict(run=run) | row for shown, quote in _quotes().items() for run, report in reports.items()
             if report is not None for row in _rows_of(report, shown, quote)]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype({name: float for name in columns[4:9] + ['reference']})
 
 # %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn015
 SAME, APART, UNKNOWN, ALONE = 'not told apart', 'apart, none is better', 'no interval', 'in one run only'
@@ -109,6 +109,7 @@ def outcome(
     if len(rows) < 2: return ALONE
     if rows[['low', 'high']].isna().any(axis=None): return UNKNOWN
     if _overlap(rows): return SAME
+    if (rows.low == rows.high).any(): return UNKNOWN
     best = rows.sort_values('worst').iloc[0]
     others = rows[rows.run != best.run]
     return best.run if (best.worst < others.best).all() else APART
