@@ -55,6 +55,7 @@ KINDS = dict(
     nnunet=Kind('an export for nnU-Net', 'export.json',
                 ('export.json', 'key.csv', 'train.sh', 'nnUNet_raw/*/dataset.json', 'nnUNet_raw/*/*/*.nii.gz'),
                 says='datasets'),
+    comparison=Kind('a comparison of runs', 'comparison.html', ('comparison.html', 'comparison.png'), shared=True),
     findings=Kind('findings', 'findings.html', ('findings.csv', 'findings.html'), shared=True))
 
 # %% ../nbs/00d_marks.ipynb #00cn019

@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'SAME', 'APART', 'UNKNOWN', 'ALONE', 'Shown', 'figures_of', 'outcome', 'outcomes', 'written_figure',
            'charted']
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn002
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn026
 import math
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from .quotes import Quote, row_name, row_unit, rows_of
 from .scorecard import FIGURES, TASK
 from .summary import Report
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn005
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn029
 @dataclass(frozen=True)
 class Shown:
     "How a figure is shown."
@@ -33,30 +33,30 @@ SHOWN = (
     Shown('spread of all pixels, ratio to real', 'values', 'spread', 1.),
     Shown('values, contrast, noise and detail', 'physics', 'difference', 0., chart=False),
     Shown('texture beyond its floor', 'textures', 'excess', 0.),
-    Shown('features beyond their floor', 'distances', 'excess', 0.),
+    Shown('features beyond their floor', 'distances', 'excess', 0., chart=False),
     Shown('width of the endocardial border', 'edges', 'width'),
     Shown('Dice to the masks asked for', 'adherence', 'dice'),
     Shown('surface distance beyond that of real images', 'agreement', 'difference', 0.),
     Shown('structures that are not found', 'agreement', 'missed_share', 0.),
     Shown('slope of painted over asked values', 'tissue', 'slope', 1.),
-    Shown('error of sizes', 'resolution', 'error', 0.),
+    Shown('error of sizes', 'resolution', 'error', 0., chart=False),
     Shown('images that show their type, less real', 'image types', 'difference', 0.),
     Shown('Dice on real images after such training', 'readings', 'dice'),
     Shown('distance to training images, ratio to real', 'privacy', 'ratio', 1.),
     Shown('share of copies', 'privacy', 'copies', 0.),
     Shown('AUC of telling training patients', 'privacy', 'auc', .5))
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn006
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn030
 def _quotes() -> dict[Shown, Quote]:
     "Find the quotation of each figure: the first of its column in the scorecard."
     known, found = [*(quote for quotes in FIGURES.values() for quote in quotes), *TASK], {}
     for shown in SHOWN:
         quote = next(q for q in known if (q.part, q.column) == (shown.part, shown.column))
-        if shown.part == 'readings': quote = replace(quote, rows=dict(arm=('synthetic', 'real + synthetic')))
+        if shown.part == 'readings': quote = replace(quote, rows=dict(arm=('synthetic, 100 %', 'real + synthetic, 100 %')))
         found[shown] = quote
     return found
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn009
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn033
 def _badness(
     row: pd.Series,  # of the table of a part
     quote: Quote,  # which figure of it
@@ -69,7 +69,7 @@ def _badness(
     with np.errstate(all='ignore'): bad = quote.worst(points).astype(float)
     return float(bad.min()), float(bad.max())
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn012
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn036
 def _rows_of(report: Report, shown: Shown, quote: Quote) -> list[dict]:
     "List the figures of one kind in a report."
     part, found = report.parts.get(shown.part), []
@@ -94,7 +94,7 @@ def figures_of(
             if report is not None for row in _rows_of(report, shown, quote)]
     return pd.DataFrame(rows, columns=columns).astype({name: float for name in columns[4:9] + ['reference']})
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn015
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn039
 SAME, APART, UNKNOWN, ALONE = 'not told apart', 'apart, none is better', 'no interval', 'in one run only'
 
 def _overlap(rows) -> bool:
@@ -121,7 +121,7 @@ def outcomes(
     groups = figures.groupby(['figure', 'name'], sort=False)
     return pd.DataFrame([(*key, outcome(rows)) for key, rows in groups], columns=['figure', 'name', 'outcome'])
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn021
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn045
 _SIGNED = ('bias', 'beyond', 'less', 'error', 'contrast')  # words in the names of figures that may be below 0
 
 def written_figure(
