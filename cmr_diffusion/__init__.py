@@ -9,7 +9,7 @@ _CHAPTERS = {
     'load_checkpoint': 'model.checkpoint', 'paint': 'model.painting', 'paint_label_map': 'model.one_image',
     'toy_label_map': 'toy', 'TrainConfig': 'training.learner',
     'sdm_learner': 'training.learner', 'train': 'training.learner', 'synthesize': 'synthesis.cohort',
-    'evaluate': 'evaluation.report',
+    'evaluate': 'evaluation.report', 'compare_runs': 'evaluation.compare',
 }
 __all__ = list(_CHAPTERS)
 

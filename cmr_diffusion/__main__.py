@@ -10,7 +10,7 @@ from .processes import is_lost, rank, world_size
 
 COMMANDS = {  # name -> module of its function, `cmr_<name>`; it says what the command does
     'phantom': 'cli', 'check': 'cli', 'prepare': 'cli', 'train': 'cli', 'sample': 'cli', 'evaluate': 'cli',
-    'demo': 'cli', 'sync': 'run_commands', 'ui': 'run_commands'}
+    'demo': 'cli', 'sync': 'run_commands', 'ui': 'run_commands', 'compare': 'run_commands'}
 SEVERAL = ('train', 'sample')  # these can be started in several processes
 PATIENCE = 10  # seconds in which torchrun ends this process where the main one, which says why, has failed
 

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['RUN_COLOURS', 'WIDTH', 'colours_of', 'pictures_beside', 'loss_curves', 'interval_chart', 'runs_beside']
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban034
+# %% ../nbs/01ba_side_by_side.ipynb #01ban002
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .core import CMRError
 from .figures import Picture, TEXT
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban037
+# %% ../nbs/01ba_side_by_side.ipynb #01ban005
 RUN_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  # of runs, in their order
 WIDTH = 10.  # inches, of every figure of this chapter
 
@@ -28,7 +28,7 @@ def colours_of(
     if len(runs) <= len(RUN_COLOURS): return dict(zip(runs, RUN_COLOURS))
     raise CMRError(f'{len(runs)} runs cannot be told apart in one figure; give {len(RUN_COLOURS)} at most')
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban041
+# %% ../nbs/01ba_side_by_side.ipynb #01ban009
 def _panels(count, most):
     "Return rows and columns of some panels, with at most so many columns."
     columns = max(1, min(count, most))
@@ -49,7 +49,7 @@ def _draw_pictures(fig, pictures):
         if pixels is None: ax.text(.5, .5, words, ha='center', va='center', fontsize=TEXT, wrap=True)
         else: ax.imshow(pixels, cmap='gray')
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban042
+# %% ../nbs/01ba_side_by_side.ipynb #01ban010
 def pictures_beside(
     pictures: dict[str, tuple[np.ndarray | None, str]],  # run -> pixels (rows, columns, 3), words such as 'step 40'
 ) -> Picture:
@@ -59,7 +59,7 @@ def pictures_beside(
     _draw_pictures(fig, pictures)
     return fig
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban046
+# %% ../nbs/01ba_side_by_side.ipynb #01ban014
 def _names_of(curves):
     "List the losses of all runs, in the order in which they come."
     return list(dict.fromkeys(name for curve in curves.values() for name in curve.columns))
@@ -68,18 +68,25 @@ def _height_of_losses(curves):
     "Return the height that losses need, in inches."
     return 2. * _panels(len(_names_of(curves)), 4)[0] + .35
 
+def _logarithmic(ax):
+    "Make the vertical axis logarithmic, with plain numbers at it."
+    ax.set_yscale('log')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
 def _draw_loss(ax, curves, name, colours):
     "Draw one loss of all runs."
     for run, curve in curves.items():
         known = curve[name].dropna() if name in curve else pd.Series(dtype=float)
         ax.plot(known.index, known, '-' if len(known) > 30 else '.-', lw=1.3, color=colours[run], label=run)
     values = np.concatenate([line.get_ydata() for line in ax.lines])
-    if len(values) and (values > 0).all(): ax.set_yscale('log')
+    if len(values) and (values > 0).all(): _logarithmic(ax)
     ax.set_title(name, fontsize=TEXT)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban047
+# %% ../nbs/01ba_side_by_side.ipynb #01ban015
 def _draw_losses(fig, curves):
     "Draw the losses of all runs into a figure."
     names, colours = _names_of(curves), colours_of(curves)
@@ -90,7 +97,7 @@ def _draw_losses(fig, curves):
     lines = {line.get_label(): line for line in axes[0].lines}
     fig.legend(lines.values(), lines.keys(), loc='outside upper center', ncols=len(lines), frameon=False)
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban048
+# %% ../nbs/01ba_side_by_side.ipynb #01ban016
 def loss_curves(
     curves: dict[str, pd.DataFrame],  # run -> one row per step, one column per loss; nan where it was not measured
 ) -> Picture:
@@ -100,15 +107,15 @@ def loss_curves(
     _draw_losses(fig, curves)
     return fig
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban052
+# %% ../nbs/01ba_side_by_side.ipynb #01ban020
 def _height_of_intervals(figures):
     "Return the height that figures need, in inches."
     counts = figures.groupby('panel', sort=False)['name'].nunique()
-    rows, columns = _panels(len(counts), 3)
+    rows, columns = _panels(len(counts), 2)
     lines = [counts[i * columns:(i + 1) * columns].max() * figures.run.nunique() for i in range(rows)]
     return .3 + sum(.75 + .17 * most for most in lines)
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban053
+# %% ../nbs/01ba_side_by_side.ipynb #01ban021
 def _draw_panel(ax, rows, colours):
     "Draw the figures of one panel."
     names = list(dict.fromkeys(rows['name']))
@@ -126,11 +133,11 @@ def _draw_panel(ax, rows, colours):
     ax.set_title(rows.panel.iloc[0], fontsize=TEXT)
     ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban054
+# %% ../nbs/01ba_side_by_side.ipynb #01ban022
 def _draw_intervals(fig, figures):
     "Draw the figures of all panels into a figure."
     panels, colours = list(dict.fromkeys(figures.panel)), colours_of(figures.run)
-    rows, columns = _panels(len(panels), 3)
+    rows, columns = _panels(len(panels), 2)
     counts = [figures[figures.panel == panel]['name'].nunique() for panel in panels]
     heights = [max(counts[i * columns:(i + 1) * columns]) * len(colours) + 2 for i in range(rows)]
     axes = fig.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
@@ -139,7 +146,7 @@ def _draw_intervals(fig, figures):
     drawn = {each.get_label(): each for ax in axes for each in ax.containers}
     fig.legend(drawn.values(), drawn.keys(), loc='outside upper center', ncols=len(drawn), frameon=False)
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban055
+# %% ../nbs/01ba_side_by_side.ipynb #01ban023
 def interval_chart(
     figures: pd.DataFrame,  # panel, name (of a line in it), run, value, low, high, reference (nan: none)
 ) -> Picture:
@@ -149,7 +156,7 @@ def interval_chart(
     _draw_intervals(fig, figures)
     return fig
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban059
+# %% ../nbs/01ba_side_by_side.ipynb #01ban027
 def _draw_settings(fig, settings):
     "Write a table of settings into a figure, each run in its colour."
     ax, colours = fig.subplots(), colours_of(settings.columns)
@@ -162,7 +169,7 @@ def _draw_settings(fig, settings):
             weight = None if k else 'bold'
             ax.text(x=.25 + .75 * n / len(values), s=str(value), color=colours[run], fontweight=weight, **place)
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban060
+# %% ../nbs/01ba_side_by_side.ipynb #01ban028
 def _parts(pictures, curves, figures, settings) -> list[tuple[float, Callable, object]]:
     "List height, function and content of the parts of the figure that have something to show."
     parts = []
@@ -173,7 +180,7 @@ def _parts(pictures, curves, figures, settings) -> list[tuple[float, Callable, o
     if len(figures): parts.append((_height_of_intervals(figures), _draw_intervals, figures))
     return parts
 
-# %% ../nbs/01ba_side_by_side.ipynb #01ban061
+# %% ../nbs/01ba_side_by_side.ipynb #01ban029
 def runs_beside(
     pictures: dict[str, tuple[np.ndarray | None, str]],  # as `pictures_beside` takes them
     curves: dict[str, pd.DataFrame],  # as `loss_curves` takes them

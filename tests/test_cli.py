@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ('cmr_phantom', 'cmr_check', 'cmr_prepare', 'cmr_train', 'cmr_sync', 'cmr_sample', 'cmr_evaluate',
-            'cmr_demo', 'cmr_ui')
+            'cmr_demo', 'cmr_ui', 'cmr_compare')
 
 
 def one_line(done, *parts):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare_runs']
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n002
+# %% ../../nbs/67_evaluation.compare.ipynb #67n030
 import base64, io
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..figures import Picture
 from ..results import check_result, result
 from ..side_by_side import colours_of, interval_chart, loss_curves, runs_beside
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n005
+# %% ../../nbs/67_evaluation.compare.ipynb #67n033
 @dataclass
 class Comparison:
     "Several runs side by side."
@@ -63,7 +63,7 @@ class Comparison:
         "Which run is better in each figure."
         return outcomes(self.figures)
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n006
+# %% ../../nbs/67_evaluation.compare.ipynb #67n034
 @patch(as_prop=True)
 def curves(self: Comparison) -> dict[str, pd.DataFrame]:
     "Return the losses of each run."
@@ -78,7 +78,7 @@ def figure(self: Comparison) -> Picture:
 @patch
 def _repr_png_(self: Comparison) -> bytes: return self.figure.png()
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n008
+# %% ../../nbs/67_evaluation.compare.ipynb #67n036
 _MOST = 12  # figures in the text
 
 @patch
@@ -95,7 +95,7 @@ def text(self: Comparison) -> str:
     if self.folder is not None: lines += ['', str(self.folder/'comparison.html')]
     return '\n'.join(lines)
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n010
+# %% ../../nbs/67_evaluation.compare.ipynb #67n038
 def _table(frame, first=()):
     "Make the cells of a table of text; `first`: the headings of its index."
     headings = [Cell(str(word)) for word in (*first, *frame.columns)]
@@ -110,8 +110,9 @@ def _figure_cell(rows, run):
     words = f' ({row.verdict})' if row.verdict else ''
     return Cell(written_figure(row) + words, f'number {tone(row.verdict)}'.strip())
 
-def _figure_table(figures, told, runs):
-    "Make the cells of the figures in `told`."
+def _figure_table(figures, told):
+    "Make the cells of the figures in `told`, with a column for each run that has figures."
+    runs = list(dict.fromkeys(figures.run))
     headings = [Cell('figure'), Cell('of'), *(Cell(run, 'number') for run in runs), Cell('better')]
     body = []
     for figure, name, found in told.itertuples(index=False):
@@ -120,7 +121,7 @@ def _figure_table(figures, told, runs):
         body.append([Cell(figure, 'long'), Cell(name, 'long'), *cells, Cell(found, 'good' if found in runs else '')])
     return headings, body
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n012
+# %% ../../nbs/67_evaluation.compare.ipynb #67n040
 _MORE_STYLE = '''
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8em; }
 .beside figure { margin: 0; } .beside img { width: 100%; height: auto; } figcaption { font-weight: bold; }
@@ -131,14 +132,14 @@ _HEAD = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>{{ style | safe }}</style></head><body>
 <h1>{{ title }}</h1>
-<p class="small">{{ date }}, cmr_diffusion {{ version }}. Label maps and images on this page may be those of patients, if
-the runs were trained on patients: keep it where the data are kept. Nothing of it was logged.</p>
+<p class="small">{{ date }}, cmr_diffusion {{ version }}. Where runs were trained on patients, the grids show label maps
+of patients and images like theirs: keep this page where the data are kept. Nothing of it was logged.</p>
 {% for each in warnings %}<p class="warning">{{ each }}</p>{% endfor %}
 <h2>In short</h2>
-<ul class="verdicts">{% for each in sentences %}<li class="{{ each.tone or 'remark' }}"><span>{{ each.text }}</span></li>
-{% endfor %}</ul>'''
+<ul class="verdicts">{% for each in sentences %}
+<li class="{{ each.tone or 'remark' }}"><span>{{ each.text }}</span></li>{% endfor %}</ul>'''
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n013
+# %% ../../nbs/67_evaluation.compare.ipynb #67n041
 _BODY = '''
 {% for part in grids %}<h2>{{ part.title }}</h2><p>{{ part.words }}</p>
 <div class="beside">{% for it in part.pictures %}
@@ -154,8 +155,8 @@ There are no intervals: two seeds of one setting differ, too.</p>{{ image(losses
 <h2>Evaluation</h2>
 {% if figures %}<p>A run is better only where its whole 95 % interval is better than those of the others. Differences
 inside the intervals are not differences. Intervals are over patients: they do not hold the chance of the training, so
-that another seed may change more. Of two equal runs, the intervals of fewer than 1 figure in 100 lie apart by
-chance.</p>
+that another seed may change more. Of two equal runs, the intervals of fewer than 1 figure in 100 lie apart by chance,
+and of more where there are only a few patients.</p>
 {% if told %}<h3>Figures that tell the runs apart</h3>{{ table(told) }}
 {% else %}<p class="asks">No figure tells the runs apart.</p>{% endif %}
 {% if intervals %}{{ image(intervals) }}{% endif %}
@@ -168,7 +169,7 @@ chance.</p>
 </body></html>
 '''
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n014
+# %% ../../nbs/67_evaluation.compare.ipynb #67n042
 def _png(pixels) -> str:
     "Write pixels as a PNG in base64."
     drawn = io.BytesIO()
@@ -181,7 +182,7 @@ def _shown(pictures):
                  data=None if pixels is None else _png(pixels))
             for (name, colour), (pixels, words) in zip(colours_of(pictures).items(), pictures.values())]
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n015
+# %% ../../nbs/67_evaluation.compare.ipynb #67n043
 def _grid_parts(comparison):
     "List the sections of grids: those at the common step, and the last ones where these are others."
     step, runs = comparison.step, comparison.runs
@@ -190,12 +191,12 @@ def _grid_parts(comparison):
                   'all runs with grids have one. The label maps in one place are the same where the cache is.')]
     if not step:
         words = 'only step 0, before the first step of the training' if step == 0 else 'no step'
-        parts[0] |= dict(title='The last grids', words=f'The runs share {words}, so these grids are of different steps.')
+        parts[0] |= dict(title='The last grids', words=f'The runs share {words}: these grids are of different steps.')
     elif any(run.grids and max(run.grids) > step for run in runs.values()):
         parts.append(dict(title='The last grids', pictures=_shown(pictures_at(runs)), words='Of different steps.'))
     return parts
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n016
+# %% ../../nbs/67_evaluation.compare.ipynb #67n044
 @patch
 def page(self: Comparison,
     date: str | None = None,  # None: now
@@ -211,8 +212,8 @@ def page(self: Comparison,
         style=STYLE + _MORE_STYLE, warnings=self.warnings, sentences=self.sentences, grids=_grid_parts(self),
         same=self.same, losses=losses and picture(losses, 'Losses of the runs over their steps'),
         intervals=intervals and picture(intervals, 'Figures of the evaluations with their intervals'),
-        told=_figure_table(self.figures, told, self.runs) if len(told) else None,
-        figures=_figure_table(self.figures, self.outcomes, self.runs) if several else None,
+        told=_figure_table(self.figures, told) if len(told) else None,
+        figures=_figure_table(self.figures, self.outcomes) if several else None,
         settings=_table(self.settings, ('group', 'setting')), costs=_table(self.costs, ('',))).lstrip()
 
 @patch
@@ -226,7 +227,7 @@ def write(self: Comparison,
     self.folder = Path(folder)
     return self.folder/'comparison.html'
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n018
+# %% ../../nbs/67_evaluation.compare.ipynb #67n046
 def compare_runs(
     *runs: str,  # two to six: names or ids of MLflow runs, or 'models:/NAME/VERSION'
     out: Path | str | None = None,  # folder for the page and the figure; None: nothing is written

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['by_name', 'settings_that_differ', 'duration', 'costs_of', 'common_step', 'pictures_at', 'warnings_about', 'sentences']
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn002
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn033
 import math
 
 import numpy as np
@@ -17,7 +17,7 @@ from .page import number
 from .runs import RunFacts
 from .summary import Verdict
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn005
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn036
 def by_name(
     runs: list[RunFacts],  # two or more
 ) -> dict[str, RunFacts]:  # name, as it stands in tables and charts -> run
@@ -27,7 +27,7 @@ def by_name(
         if run.id in ids[:n]: raise CMRError(f'run {run.name!r} ({run.id}) is given twice; give different runs')
     return {run.name if names.count(run.name) == 1 else f'{run.name} ({run.id[:6]})': run for run in runs}
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn009
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn040
 _GROUPS = dict(train='training', cache='cache', model='network', recipe='noise', machine='machine')
 _BY_HAND, _FROM_IT = ('training', 'cache'), ('fingerprint', 'slices', 'channels')  # groups; settings in them
 
@@ -46,7 +46,7 @@ def settings_that_differ(
     index = pd.MultiIndex.from_tuples(rows, names=['group', 'setting'])
     return pd.DataFrame(list(rows.values()), index, list(runs)), len(keys) - len(rows)
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn013
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn044
 def duration(
     seconds: float,  # nan: not known
 ) -> str:  # such as '2 h 05 min'
@@ -66,7 +66,7 @@ def _last(run: RunFacts, curve: str) -> float:
     known = run.curves[curve].dropna() if curve in run.curves else []
     return float(known.iloc[-1]) if len(known) else math.nan
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn014
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn045
 def costs_of(
     runs: dict[str, RunFacts],  # as from `by_name`
 ) -> pd.DataFrame:  # what it is (index), one column per run, as text
@@ -81,7 +81,7 @@ def costs_of(
                 'cache': cache.get('fingerprint', '–')[:12], 'evaluation': run.note}
     return pd.DataFrame({name: facts(run) for name, run in runs.items()})
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn018
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn049
 def common_step(
     runs: dict[str, RunFacts],  # as from `by_name`
 ) -> int | None:  # None: there is none
@@ -100,7 +100,7 @@ def pictures_at(
         found[name] = (run.grid(at), f'step {at}') if at in run.grids else (None, 'no sample grid was logged')
     return found
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn022
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn053
 def _different(values):
     "Say whether known values differ."
     return len({value for value in values if value not in ('', '–', None)}) > 1
@@ -111,6 +111,11 @@ def _evaluated_differently(runs) -> list[str]:
     names = dict.fromkeys(name for settings in kept for name in settings if name not in ('synthetic', 'seed'))
     return [name for name in names if _different(str(settings.get(name, '')) for settings in kept)]
 
+def _names(runs, group) -> list[str]:
+    "List the settings of a group that any run has."
+    return list(dict.fromkeys(name for run in runs for name in run.settings.get(group, {})))
+
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn054
 def warnings_about(
     runs: dict[str, RunFacts],  # as from `by_name`
 ) -> list[str]:  # sentences
@@ -120,6 +125,11 @@ def warnings_about(
     if _different(caches.values()):
         named = ', '.join(f'{name}: {print_}' for name, print_ in caches.items())
         found.append(f'The runs were trained on different caches ({named}). Neither losses nor figures are comparable.')
+    grid = [name for name in _names(all_runs, 'cache') if name.startswith('geometry') and
+            _different(_setting(run, 'cache', name) for run in all_runs)]
+    if grid:
+        words = '; '.join(grid)
+        found.append(f'The grids of the caches differ ({words}). Neither losses nor figures are comparable.')
     noise = [name for name in ('name', 'p mean', 'p std') if _different(_setting(r, 'recipe', name) for r in all_runs)]
     if noise:
         words = ', '.join(f'recipe, {name}' if name != 'name' else 'recipe' for name in noise)
@@ -129,7 +139,7 @@ def warnings_about(
         found.append(f'The evaluations differ in: {", ".join(evaluated)}. Their figures are not comparable.')
     return found
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn026
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn058
 def _about_states(runs):
     "Say which runs did not finish."
     found = {name: run for name, run in runs.items() if run.state != 'finished'}
@@ -145,7 +155,7 @@ def _about_settings(settings, runs):
     if words: return Verdict('', '', f'Settings that differ: {", ".join(words)}')
     return Verdict('', '', 'Settings: those of the training are the same in all runs')
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn027
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn059
 def _about_costs(runs):
     "Say how long the runs took."
     words = [f'{name} {run.steps} steps in {duration(run.seconds)} on {_device(run)}' if run.steps is not None
@@ -162,23 +172,23 @@ def _about_losses(runs):
     common = set.intersection(*(set(curve.index) for curve in known.values()))
     if len(known) > 1 and common and any(curve.index[-1] != max(common) for curve in known.values()):
         text += f'; at step {max(common)}: {quote({name: c[max(common)] for name, c in known.items()})}'
-    return Verdict('', '', f'{text} (without an interval: another seed gives other losses)')
+    return Verdict('', '', f'{text} (without intervals: another seed gives other losses)')
 
-# %% ../../nbs/66d_evaluation.differences.ipynb #66dn028
+# %% ../../nbs/66d_evaluation.differences.ipynb #66dn060
 def _about_figures(figures, runs):
     "Say in how many figures a run is better, and name them."
     lacking = [f'{name} {run.note}' for name, run in runs.items() if run.evaluation is None]
     if len(lacking) == len(runs):
         return Verdict('', 'open', 'Evaluation: no run has one; cmr_sample and cmr_evaluate make it')
     if len(runs) - len(lacking) == 1:
-        return Verdict('', 'open', f'Evaluation: there is nothing to compare: {"; ".join(lacking)}')
+        return Verdict('', 'open', f'Evaluation: there is nothing to compare: {", ".join(lacking)}')
     told = outcomes(figures).outcome
     judged = int((~told.isin([ALONE, UNKNOWN])).sum())
     words = [f'{name} is better in {(told == name).sum()}' for name in runs if (told == name).any()]
     if (told == APART).any(): words.append(f'apart without a better one in {(told == APART).sum()}')
     if (told == SAME).any(): words.append(f'no difference in {(told == SAME).sum()}, whose intervals overlap')
     text = f'Evaluation: of {judged} figures with intervals, {", ".join(words) or "none tells the runs apart"}'
-    if lacking: text += f'; {"; ".join(lacking)}'
+    if lacking: text += f'; {", ".join(lacking)}'
     return Verdict('', 'good' if any((told == name).any() for name in runs) else 'open', text)
 
 def sentences(
