@@ -450,3 +450,24 @@ def test_a_server_of_mlflow(server, tmp_path):
     with pytest.raises(CMRError, match='has no alias best'): resolve_run('models:/heart@best')
     with pytest.raises(CMRError, match='no model nobody'): resolve_run('models:/nobody/1')
     with pytest.raises(CMRError, match='has no checkpoint'): register('untrained', 'heart')
+
+
+def test_runs_on_a_server_are_compared(server, tmp_path):
+    "Settings, losses, grids and evaluations come from the server, and none of their files stays here."
+    import tempfile
+    from cmr_diffusion.evaluation.compare import compare_runs
+    ids = []
+    for rate in (1e-3, 4e-4):
+        with start_run('compare', f'rate {rate}') as run:
+            log_config(dict(learning_rate=rate), 'train.')
+            for step in (0, 20):
+                log_metrics({'loss/training': rate * step}, step)
+                log_figure(Picture(), 'samples/grid', step)
+        ids.append(run.id)
+    kept = set(Path(tempfile.gettempdir()).iterdir())
+    made = compare_runs(*ids)
+    assert made.step == 20 and all(pixels.shape == (8, 8, 3) for pixels, _ in made.pictures.values())
+    assert made.settings.loc['training', 'learning rate'].to_list() == ['0.001', '0.0004']
+    assert [curve.training.to_list() for curve in made.curves.values()] == [[0, 20 * rate] for rate in (1e-3, 4e-4)]
+    assert 'Evaluation: no run has one' in made.text()
+    assert set(Path(tempfile.gettempdir()).iterdir()) <= kept
