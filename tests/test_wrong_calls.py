@@ -352,7 +352,7 @@ def test_in_a_process_of_its_own(world):
     assert not (world.folder/'new').exists()
 
 
-@pytest.mark.parametrize('command', (*RIGHT, 'cmr_sync', 'cmr_ui'))
+@pytest.mark.parametrize('command', (*RIGHT, 'cmr_sync', 'cmr_ui', 'cmr_compare'))
 def test_version(world, command):
     from cmr_diffusion import __version__
     done = world.here(command, '--version')
