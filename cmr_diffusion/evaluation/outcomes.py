@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'SAME', 'APART', 'UNKNOWN', 'ALONE', 'Shown', 'figures_of', 'outcome', 'outcomes', 'written_figure',
            'charted']
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn026
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn002
 import math
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from .quotes import Quote, row_name, row_unit, rows_of
 from .scorecard import FIGURES, TASK
 from .summary import Report
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn029
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn005
 @dataclass(frozen=True)
 class Shown:
     "How a figure is shown."
@@ -46,17 +46,18 @@ SHOWN = (
     Shown('share of copies', 'privacy', 'copies', 0.),
     Shown('AUC of telling training patients', 'privacy', 'auc', .5))
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn030
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn006
 def _quotes() -> dict[Shown, Quote]:
     "Find the quotation of each figure: the first of its column in the scorecard."
     known, found = [*(quote for quotes in FIGURES.values() for quote in quotes), *TASK], {}
     for shown in SHOWN:
         quote = next(q for q in known if (q.part, q.column) == (shown.part, shown.column))
-        if shown.part == 'readings': quote = replace(quote, rows=dict(arm=('synthetic, 100 %', 'real + synthetic, 100 %')))
+        arms = 'synthetic, 100 %', 'real + synthetic, 100 %'
+        if shown.part == 'readings': quote = replace(quote, rows=dict(arm=arms))
         found[shown] = quote
     return found
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn033
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn009
 def _badness(
     row: pd.Series,  # of the table of a part
     quote: Quote,  # which figure of it
@@ -69,7 +70,7 @@ def _badness(
     with np.errstate(all='ignore'): bad = quote.worst(points).astype(float)
     return float(bad.min()), float(bad.max())
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn036
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn012
 def _rows_of(report: Report, shown: Shown, quote: Quote) -> list[dict]:
     "List the figures of one kind in a report."
     part, found = report.parts.get(shown.part), []
@@ -94,7 +95,7 @@ def figures_of(
             if report is not None for row in _rows_of(report, shown, quote)]
     return pd.DataFrame(rows, columns=columns).astype({name: float for name in columns[4:9] + ['reference']})
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn039
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn015
 SAME, APART, UNKNOWN, ALONE = 'not told apart', 'apart, none is better', 'no interval', 'in one run only'
 
 def _overlap(rows) -> bool:
@@ -121,7 +122,7 @@ def outcomes(
     groups = figures.groupby(['figure', 'name'], sort=False)
     return pd.DataFrame([(*key, outcome(rows)) for key, rows in groups], columns=['figure', 'name', 'outcome'])
 
-# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn045
+# %% ../../nbs/66c_evaluation.outcomes.ipynb #66cn021
 _SIGNED = ('bias', 'beyond', 'less', 'error', 'contrast')  # words in the names of figures that may be below 0
 
 def written_figure(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'SPEED', 'SCORES', 'GRID', 'RunFiles', 'shown_setting', 'metric_named', 'report_of', 'RunFacts', 'read_run']
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn002
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn034
 import io, json, math, re, tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from .summary import FORMAT, Report
 from ..runs import find_run, MODEL, model_version
 from ..stores import open_client, run_folder, store_errors, tracking_uri
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn005
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn037
 @dataclass(frozen=True)
 class RunFiles:
     "The files of a run, on this machine or on a server."
@@ -51,7 +51,7 @@ class RunFiles:
         with tempfile.TemporaryDirectory() as place, store_errors(self.uri):
             return Path(open_client(self.uri).download_artifacts(self.made.info.run_id, path, place)).read_bytes()
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn008
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn040
 def shown_setting(
     value: object,  # of a configuration
 ) -> str:
@@ -82,7 +82,7 @@ def _settings(files: RunFiles) -> dict[str, dict[str, str]]:
         found.setdefault(group, {})[key.replace('_', ' ').replace('.', ', ')] = text
     return found
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn012
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn044
 _QUARTERS = {1: 'least noise', 2: 'less noise', 3: 'more noise', 4: 'most noise'}
 LOSSES = {  # curve -> names of its metric
     'training': ('loss/training', 'train/loss'),
@@ -99,7 +99,7 @@ def metric_named(
     "Find the name that a metric has in a run."
     return next((name for name in names if name in known), None)
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn013
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn045
 def _curves(files: RunFiles) -> tuple[pd.DataFrame, float]:
     "Read the losses of a run, one row per step, and the time of its last one in ms (nan where there is none)."
     client, columns, last = open_client(files.uri), {}, math.nan
@@ -111,7 +111,7 @@ def _curves(files: RunFiles) -> tuple[pd.DataFrame, float]:
         last = np.nanmax([last, *(point.timestamp for point in points)])
     return pd.DataFrame(columns).sort_index(), float(last)
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn016
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn048
 GRID = 'samples/grid'  # key of the pictures
 _PICTURE = re.compile(r'(.+)[+%]step[+%](\d+)[+%]timestamp[+%].+\.png')
 
@@ -123,7 +123,7 @@ def _grids(files: RunFiles) -> dict[int, str]:
         if named and named[1] in keys: found[int(named[2])] = f'images/{name}'
     return dict(sorted(found.items()))
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn019
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn051
 def _table(rows):
     "Make the table of a part; `None` in a column of numbers is nan."
     table = pd.DataFrame(rows)
@@ -143,7 +143,7 @@ def report_of(
                         tuple(part['main'])) for name, part in kept['parts'].items()}
     return Report(kept['title'], parts, kept['settings'], run_id=kept['run_id'])
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn020
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn052
 def _kept_reports(files: RunFiles) -> dict[str, dict]:
     "Read the reports of a run: synthetic cohort -> JSON."
     found = {}
@@ -165,7 +165,7 @@ def _evaluation(files: RunFiles) -> tuple[Report | None, str]:
     try: return report_of(reports[last]), f'evaluated on {last}'
     except (CMRError, KeyError, TypeError) as e: return None, f'the evaluation of {last} cannot be read ({e})'
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn022
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn054
 @dataclass
 class RunFacts:
     "What a run has."
@@ -193,7 +193,7 @@ class RunFacts:
         "The last step that has a loss; None where there is none."
         return int(self.curves.index.max()) if len(self.curves) else None
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn023
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn055
 _STATES = dict(FINISHED='finished', FAILED='failed', KILLED='stopped', RUNNING='running', SCHEDULED='running')
 _WANTED = 'give the name or the id of a run of a training'
 
@@ -212,10 +212,11 @@ def _found(run: str):
     name = run if version is None else version.run_id
     if name or version is None:
         try: return find_run(name)
-        except CMRError as e: raise CMRError(str(e).replace('a run name or a checkpoint folder', 'or a run name')) from e
+        except CMRError as e:
+            raise CMRError(str(e).replace('a run name or a checkpoint folder', 'or a run name')) from e
     raise CMRError(f'{run}: was registered without a run, by another program; {_WANTED}')
 
-# %% ../../nbs/66b_evaluation.runs.ipynb #66bn024
+# %% ../../nbs/66b_evaluation.runs.ipynb #66bn056
 def read_run(
     run: str,  # its name or id, or 'models:/...'
 ) -> RunFacts:
