@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare_runs']
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n002
+# %% ../../nbs/67_evaluation.compare.ipynb #67n030
 import base64, io
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,11 +29,13 @@ from .page import Cell, MACROS, picture, STYLE
 from .runs import read_run, RunFacts
 from .summary import tone, Verdict
 from ..figures import Picture
+from ..hidden_results import hide_from_git
+from ..marks import MARK
 from ..results import check_result, result
 from ..side_by_side import colours_of, interval_chart, loss_curves, runs_beside
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n005
-@dataclass
+# %% ../../nbs/67_evaluation.compare.ipynb #67n033
+@dataclass(repr=False)
 class Comparison:
     "Several runs side by side."
     runs: dict[str, RunFacts]  # name -> run
@@ -44,6 +46,8 @@ class Comparison:
     warnings: list[str]  # what makes the comparison unfair
     step: int | None  # the latest at which all runs with grids have one; None: there is none
     folder: Path | None = None  # where the page is
+
+    def __repr__(self) -> str: return self.title
 
     @property
     def title(self) -> str: return f'Runs compared: {", ".join(self.runs)}'
@@ -63,7 +67,7 @@ class Comparison:
         "Which run is better in each figure."
         return outcomes(self.figures)
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n006
+# %% ../../nbs/67_evaluation.compare.ipynb #67n034
 @patch(as_prop=True)
 def curves(self: Comparison) -> dict[str, pd.DataFrame]:
     "Return the losses of each run."
@@ -78,7 +82,7 @@ def figure(self: Comparison) -> Picture:
 @patch
 def _repr_png_(self: Comparison) -> bytes: return self.figure.png()
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n008
+# %% ../../nbs/67_evaluation.compare.ipynb #67n036
 _MOST = 12  # figures in the text
 
 @patch
@@ -95,7 +99,7 @@ def text(self: Comparison) -> str:
     if self.folder is not None: lines += ['', str(self.folder/'comparison.html')]
     return '\n'.join(lines)
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n010
+# %% ../../nbs/67_evaluation.compare.ipynb #67n038
 @patch
 def facts(self: Comparison) -> dict:
     "Return the comparison as dictionaries and lists."
@@ -106,7 +110,7 @@ def facts(self: Comparison) -> dict:
         said=[each.text for each in self.sentences], settings=settings, outcomes=self.outcomes.to_dict('records'),
         page=None if self.folder is None else self.folder/'comparison.html')
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n012
+# %% ../../nbs/67_evaluation.compare.ipynb #67n040
 def _table(frame, first=()):
     "Make the cells of a table of text; `first`: the headings of its index."
     headings = [Cell(str(word)) for word in (*first, *frame.columns)]
@@ -132,7 +136,7 @@ def _figure_table(figures, told):
         body.append([Cell(figure, 'long'), Cell(name, 'long'), *cells, Cell(found, 'good' if found in runs else '')])
     return headings, body
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n014
+# %% ../../nbs/67_evaluation.compare.ipynb #67n042
 _MORE_STYLE = '''
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8em; }
 .beside figure { margin: 0; } .beside img { width: 100%; height: auto; } figcaption { font-weight: bold; }
@@ -150,7 +154,7 @@ of patients and images like theirs: keep this page where the data are kept. Noth
 <ul class="verdicts">{% for each in sentences %}
 <li class="{{ each.tone or 'remark' }}"><span>{{ each.text }}</span></li>{% endfor %}</ul>'''
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n015
+# %% ../../nbs/67_evaluation.compare.ipynb #67n043
 _BODY = '''
 {% for part in grids %}<h2>{{ part.title }}</h2><p>{{ part.words }}</p>
 <div class="beside">{% for it in part.pictures %}
@@ -180,7 +184,7 @@ and of more where there are only a few patients.</p>
 </body></html>
 '''
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n016
+# %% ../../nbs/67_evaluation.compare.ipynb #67n044
 def _png(pixels) -> str:
     "Write pixels as a PNG in base64."
     drawn = io.BytesIO()
@@ -193,7 +197,7 @@ def _shown(pictures):
                  data=None if pixels is None else _png(pixels))
             for (name, colour), (pixels, words) in zip(colours_of(pictures).items(), pictures.values())]
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n017
+# %% ../../nbs/67_evaluation.compare.ipynb #67n045
 def _grid_parts(comparison):
     "List the sections of grids: those at the common step, and the last ones where these are others."
     step, runs = comparison.step, comparison.runs
@@ -207,7 +211,7 @@ def _grid_parts(comparison):
         parts.append(dict(title='The last grids', pictures=_shown(pictures_at(runs)), words='Of different steps.'))
     return parts
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n018
+# %% ../../nbs/67_evaluation.compare.ipynb #67n046
 @patch
 def page(self: Comparison,
     date: str | None = None,  # None: now
@@ -233,12 +237,13 @@ def write(self: Comparison,
 ) -> Path:  # the page
     "Write the figure and the page into a folder."
     with result(folder, 'comparison') as room:
+        hide_from_git(room, ('comparison.html', 'comparison.png', MARK, '.gitignore'))  # grids may show patients
         (room/'comparison.html').write_text(self.page(), encoding='utf-8')
         with suppress(CMRError): (room/'comparison.png').write_bytes(self.figure.png())  # there may be nothing to draw
     self.folder = Path(folder)
     return self.folder/'comparison.html'
 
-# %% ../../nbs/67_evaluation.compare.ipynb #67n020
+# %% ../../nbs/67_evaluation.compare.ipynb #67n048
 def compare_runs(
     *runs: str,  # two to six: names or ids of MLflow runs, or 'models:/NAME/VERSION'
     out: Path | str | None = None,  # folder for the page and the figure; None: nothing is written
