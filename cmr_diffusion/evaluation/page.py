@@ -157,7 +157,8 @@ th { background: #f4f4f4; vertical-align: bottom; } td { white-space: nowrap; } 
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { font-size: 10pt; max-width: none; padding: 0; } h3, section p { break-after: avoid; } a { color: inherit; }
-  .box { overflow: visible; } .box img { max-width: 100%; max-height: 17cm; object-fit: contain; } table { font-size: 6.5pt; }
+  .box { overflow: visible; } .box img { max-width: 100%; max-height: 17cm; object-fit: contain; }
+  table { font-size: 6.5pt; }
   td, th { padding: .2em .3em; white-space: normal; } tr, img { break-inside: avoid; }
   thead { display: table-header-group; }
 }'''
