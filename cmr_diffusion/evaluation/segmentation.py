@@ -121,13 +121,14 @@ class Segmenter(nn.Module):
         super().__init__()
         self.config, self.n_classes, self.stride = config, n_classes, 2 ** len(config.decoder)
         self.net = _unet(config, n_classes).to(memory_format=torch.channels_last)
+        self.multiple = self.stride if getattr(self.net, 'requires_divisible_input_shape', True) else 1
 
     def forward(self,
         x: Tensor,  # images (B, 1, H, W), network units
     ) -> Tensor:  # scores (B, n_classes, H, W) float32
         "Score every structure in every pixel."
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode='replicate')
+        if self.multiple > 1: x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate')
         half = choose_precision('auto', x.device) == 'bfloat16'
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             scores = self.net(x.contiguous(memory_format=torch.channels_last))
@@ -264,6 +265,7 @@ def _file_name(slices, config):
     "Return a name that changes with the images, the label maps, the structures and the configuration."
     fields = {name: value for name, value in asdict(config).items() if _LATER.get(name) != value}
     about = np.shape(slices.images), structures_of(slices.rows), fields
+    if np.shape(slices.images)[-1] % 2 ** len(config.decoder): about = (*about, 'not padded')  # as earlier versions did
     digest = hashlib.blake2b(repr(about).encode(), digest_size=8)
     for array in (slices.images, slices.label_maps): digest.update(np.ascontiguousarray(array).data)
     if Path(config.weights).is_file(): digest.update(Path(config.weights).read_bytes())
