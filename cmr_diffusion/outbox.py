@@ -134,6 +134,11 @@ def _group(folders: list[Path], most: int) -> tuple[list[Path], str, dict]:
     return group, what, options
 
 # %% ../nbs/01e_outbox.ipynb #01en021
+def _input(data: dict, tags: dict):
+    "Make MLflow's description of the data of a run."
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    return DatasetInput(Dataset(**data), [InputTag(*tag) for tag in tags.items()])
+
 def _call(client, run_id: str, folder: Path, what: str, options: dict):
     "Do what an entry says."
     from mlflow.entities import Metric, Param, RunTag
@@ -142,6 +147,7 @@ def _call(client, run_id: str, folder: Path, what: str, options: dict):
         kinds = dict(metrics=Metric, params=Param, tags=RunTag)
         options = {name: [kinds[name](*value) for value in values] for name, values in options.items()}
     if what == 'log_artifacts': options = dict(local_dir=str(folder/'files'))
+    if what == 'log_inputs': options = dict(datasets=[_input(*said) for said in options['datasets']])
     try: getattr(client, what)(run_id, **options)
     except MlflowException as e:
         if what != 'delete_tag' or e.error_code != 'RESOURCE_DOES_NOT_EXIST': raise

@@ -46,12 +46,14 @@ class Known:
     params: dict = field(default_factory=dict)  # name -> text; what is logged is added
     steps: dict = field(default_factory=dict)  # name of a metric -> its last step
     figures: set = field(default_factory=set)  # key (with '~' instead of '/') and step of pictures
+    note: str = ''  # its description
 
 def _add_queued(known: Known, box: Outbox):
     "Add what waits in the queue of a run."
     for folder in filter(readable, box.entries()):
         options = json.loads((folder/'entry.json').read_text())['options']
         known.params.update(options.get('params', []))
+        known.note = dict(options.get('tags', [])).get('mlflow.note.content', known.note)
         for name, _, _, step in options.get('metrics', []): known.steps[name] = max(step, known.steps.get(name, step))
     known.figures |= pictures_of([file.name for file in box.folder.glob('*/files/images/*')])
 
@@ -61,9 +63,9 @@ def known_of(
     resume: bool = False,  # whether to find steps and pictures, too
 ) -> Known:
     "Find out what the store and the queue have of a run."
-    known = Known(dict(made.data.params))
+    known = Known(dict(made.data.params), note=made.data.tags.get('mlflow.note.content', ''))
     if resume:
         known.steps.update((metric.key, metric.step) for metric in made.data.to_proto().metrics)
         with store_errors(uri): known.figures.update(pictures_of(_picture_names(uri, made)))
     _add_queued(known, Outbox(uri, made.info.run_id, made.info.run_name))
-    return known if resume else Known(known.params)
+    return known if resume else Known(known.params, note=known.note)

@@ -55,6 +55,9 @@ class _Queueing:
 
     def log_param(self, run_id, key, value, synchronous=None): self.put('log_batch', params=[[key, str(value)]])
     def set_tag(self, run_id, key, value, synchronous=None): self.put('log_batch', tags=[[key, str(value)]])
+    def log_inputs(self, run_id, datasets=()):
+        self.put('log_inputs', datasets=[[dict(d.dataset), {tag.key: tag.value for tag in d.tags}] for d in datasets])
+
     def delete_tag(self, run_id, key): self.put('delete_tag', key=key)
     def update_run(self, run_id, status=None, name=None): self.put('update_run', status=status, name=name)
     def set_terminated(self, run_id, status=None, end_time=None):
@@ -90,7 +93,7 @@ def log_artifacts(self: _Queueing, run_id, local_dir, artifact_path=None):
 
 # %% ../nbs/01f_sender.ipynb #01fn030
 QUEUED = ('log_batch', 'log_metric', 'log_param', 'set_tag', 'delete_tag', 'update_run', 'set_terminated',
-          'log_artifact', 'log_artifacts')
+          'log_artifact', 'log_artifacts', 'log_inputs')
 
 def _queueing_client(sender):
     "Make a client of MLflow that writes into the queue of a sender, and reads from the store."

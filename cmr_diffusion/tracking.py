@@ -188,7 +188,8 @@ def log_metrics(
 
 def log_tags(**tags):  # name -> text
     "Log short texts about the open run, such as the fingerprint of its cache."
-    for k, v in tags.items(): _send('set_tag', k, str(v))
+    from mlflow.entities import RunTag
+    _send('log_batch', tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
 # %% ../nbs/02_tracking.ipynb #02n017
 @contextmanager

@@ -52,7 +52,7 @@ def run_page(
     run_id: str,  # 32 hexadecimal digits
 ) -> str:
     "Return the address of the page of one run."
-    return f'{address}/#/experiments/{experiment_id}/runs/{run_id}'
+    return f'{address}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning'
 
 def compare_page(
     address: str,  # of a server
@@ -61,7 +61,8 @@ def compare_page(
 ) -> str:
     "Return the address of the page that compares some runs number by number."
     runs = quote('["' + '","'.join(run_ids) + '"]')
-    return f'{address}/#/compare-runs?runs={runs}&experiments={quote(f"""["{experiment_id}"]""")}'
+    experiments = quote(f'["{experiment_id}"]')
+    return f'{address}/#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning'
 
 # %% ../nbs/02c_ui.ipynb #02cn011
 def _typed(program: str) -> str:

@@ -6,6 +6,7 @@ import pydicom
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ['MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING'] = 'false'  # what a machine was busy with is no property of a run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
 

@@ -99,7 +99,7 @@ def test_evaluation_is_logged_in_the_run_that_trained(place, store, cache, train
     figure = synthetic/'evaluation'/'comparison.png'
     assert 'Adherence' in out and 'Utility' in out and str(figure) in out and figure.is_file()
     for part in ('values', 'tissue', 'edges', 'adherence', 'levels', 'utility'):
-        assert any(k.startswith(f'evaluation/{part}/T1/') for k in run.data.metrics), run.data.metrics
+        assert any(k.startswith(f'scores/{part}/T1/') for k in run.data.metrics), run.data.metrics
     card = (resolve_run(trained)/'MODEL_CARD.md').read_text()  # that of the training has been replaced
     assert card == (synthetic/'evaluation'/'MODEL_CARD.md').read_text() and '## Privacy' in card
 

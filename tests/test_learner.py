@@ -271,10 +271,10 @@ def test_steps_and_checks(cache):
     with start_run(run_id=run_id) as opened:
         history = {k: [m.step for m in opened.client.get_metric_history(run_id, k)] for k in run.data.metrics}
         images = [f.path for f in opened.client.list_artifacts(run_id, 'images') if f.path.endswith('.png')]
-    assert history['valid/loss'] == history['train/loss'] == [2, 5, 7]
+    assert history['loss/validation'] == history['loss/training'] == [2, 5, 7]
     assert history['train/images'] == [2, 5, 7] and run.data.metrics['train/images'] == 14
-    for part in ('shuffled_masks', 'sigma_q1', 'sigma_q2', 'sigma_q3', 'sigma_q4'):
-        assert history[f'valid/loss_{part}'] == [2, 5, 7]
+    for name in ('loss/validation_shuffled_masks', *(f'valid/loss_sigma_q{n}' for n in (1, 2, 3, 4))):
+        assert history[name] == [2, 5, 7]
     assert 'train/learning_rate' in history and 'train/images_per_second' in history
     assert sorted(int(path.split('+step+')[1].split('+')[0]) for path in images) == [0, 2, 5, 7]
     info = load_checkpoint(folder).info
@@ -285,7 +285,7 @@ def test_a_time_box(cache):
     config = TrainConfig('tiny', minutes=.05, checks=2, warmup=1, batch_size=2)
     run_id, folder = train(cache, config, 'learner', device='cpu')
     with start_run(run_id=run_id) as run:
-        checks = run.client.get_metric_history(run_id, 'valid/loss')
+        checks = run.client.get_metric_history(run_id, 'loss/validation')
         rates = [m.value for m in run.client.get_metric_history(run_id, 'train/learning_rate')]
     assert len(checks) == 2 and load_checkpoint(folder).info['steps'] == checks[-1].step >= 2
     assert rates[-1] < rates[0] or checks[-1].step < 4  # a busy machine may have time for a step per epoch only

@@ -151,7 +151,7 @@ def test_a_server_that_is_killed_for_ten_seconds(server, monkeypatch, caplog, tm
     monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '1')
     watch, step, killed, started = Watch(), 0, None, False
     with start_run('outbox', 'away') as run:
-        page = f'/#/experiments/{run.experiment_id}/runs/{run.id}'
+        page = f'/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning'
         assert run.folder is None and run_address(run) == f'{server.uri}{page}'
         with watch(): log_config(dict(size=32, model=dict(width=8)), 'train.')
         with watch(): log_tags(cache='a1b2')

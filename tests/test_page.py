@@ -135,7 +135,7 @@ def test_the_names_of_metrics_pass_mlflow():
     metrics = Report('', {'tissue readings': Part(table, '', 'arm', ('dice', 'surface_95'))}).metrics
     assert len(metrics) == 2 * len(table)
     for name in metrics:
-        _validate_metric_name(f'evaluation/{name}')
+        _validate_metric_name(f'scores/{name}')
         assert ':' not in name  # which MLflow refuses on Windows
 
 

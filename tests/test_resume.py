@@ -458,7 +458,7 @@ def test_no_room_for_the_points_at_the_start(cache, monkeypatch):
     (files(run_id)/'resume').write_text('a file')
     with pytest.raises(CMRError) as error: train(cache, settings(), device='cpu', run_id=run_id)
     one_line(error, 'is a file, not a folder')
-    assert find_run(run_id).info.status == 'FAILED' and 'valid/loss' not in find_run(run_id).data.metrics
+    assert find_run(run_id).info.status == 'FAILED' and 'loss/validation' not in find_run(run_id).data.metrics
 
 
 def test_a_folder_that_cannot_be_written_any_more(cache, straight, also):
@@ -565,7 +565,7 @@ def test_the_batch_is_halved_until_it_fits(cache, monkeypatch, caplog):
     found, _ = train(cache, replace(config, batch_size='auto'), device='cpu')
     told = [r.message for r in caplog.records if 'memory' in r.message]
     assert told == [f'the memory is too small for {n} slices per step; {n // 2} are tried' for n in (8, 4)]
-    assert find_run(found).data.params['train.batch_size'] == '2'
+    assert find_run(found).data.params['batch_size'] == '2'
     assert last_point(found).state.facts.config['batch_size'] == 2
     given, _ = train(cache, config, device='cpu')
     one, two = last_point(found).tensors, last_point(given).tensors

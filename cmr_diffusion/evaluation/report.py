@@ -35,6 +35,7 @@ from ..grid.loaders import grid_slices
 from ..results import check_result
 from ..synthesis.records import MANIFEST, with_sources
 from ..synthesis.settings import note_privacy, read_settings
+from ..about import describe
 from ..tracking import (
     check_store, find_run, log_figure, log_folder, log_metrics, log_table, resolve_run,
     staging_folder, start_run)
@@ -137,7 +138,8 @@ def _run_of(root):
 def _log(report, root, run_id, shown: Figure | None, page: bool):
     "Log a report with the figure that may be shown, and return the id of the run that has it."
     with start_run(run_name=f'evaluation of {root.name}', run_id=run_id) as run:
-        log_metrics({f'evaluation/{name}': value for name, value in report.metrics.items()})
+        log_metrics({f'scores/{name}': value for name, value in report.metrics.items()})
+        describe(f'Evaluation of {root.name}', '\n'.join(['', *(f'* {v.text}' for v in report.verdicts)]))
         log_table(report.table, f'evaluation/{root.name}/report')
         if shown is not None: log_figure(shown, f'evaluation/{root.name}/comparison')
         for name, chart in report.charts.items(): log_figure(chart, f'evaluation/{root.name}/{name}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO_BATCH', 'files_of', 'resume_folder', 'checkpoint_of', 'temporary_folder', 'writing_folder', 'find_training',
-           'point_to_resume', 'only_here', 'log_settings', 'check_room', 'tell_start', 'weights_of', 'facts_of',
-           'check_same', 'adopt', 'out_of_memory', 'free_memory', 'largest_batch']
+           'point_to_resume', 'only_here', 'check_room', 'tell_start', 'weights_of', 'facts_of', 'check_same', 'adopt',
+           'out_of_memory', 'free_memory', 'largest_batch']
 
 # %% ../../nbs/40g_training.continuing.ipynb #40gn038
 import atexit, gc, shutil, tempfile
@@ -28,7 +28,7 @@ from ..results import check_result
 from ..rooms import hold
 from ..runs import CHECKPOINT, find_run, resolve_run, run_of_id
 from ..stores import run_folder, runs_folder, tracking_uri
-from ..tracking import log_config, open_run
+from ..tracking import open_run
 from ..ui import run_address
 from .callbacks import objective_of
 from .config import TrainConfig
@@ -38,7 +38,6 @@ from ..validation import validated, WrongValue
 
 # %% ../../nbs/40g_training.continuing.ipynb #40gn039
 from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.hook import total_params
 
 # %% ../../nbs/40g_training.continuing.ipynb #40gn043
 def files_of(
@@ -128,22 +127,6 @@ def only_here(
         yield
 
 _HELD = set()  # ids of the runs that this process trains
-
-# %% ../../nbs/40g_training.continuing.ipynb #40gn052
-def log_settings(
-    learn: SDMLearner,  # whose settings to log
-    config: TrainConfig,  # of the training
-):
-    "Log all settings that made the network into the open run."
-    c, cache = learn.checkpoint, learn.dls.cache
-    parameters, _ = total_params(c.model)
-    log_config(config, 'train.')
-    log_config(c.model.config, 'model.')
-    log_config(recipe_to_json(c.recipe), 'recipe.')
-    log_config(dict(geometry=asdict(c.geometry), channels=', '.join(c.spec.names), slices=len(cache),
-                    fingerprint=learn.dls.fingerprint), 'cache.')
-    log_config(dict(device=str(learn.dls.device), precision=c.info['precision'], threads=torch.get_num_threads(),
-                    million_parameters=round(parameters / 1e6, 2)), 'machine.')
 
 # %% ../../nbs/40g_training.continuing.ipynb #40gn054
 def check_room(

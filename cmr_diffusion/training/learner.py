@@ -22,6 +22,8 @@ from ..model.checkpoint import Checkpoint
 from ..model.fast_spade import compile_network, fast as make_fast
 from ..model.sdm import SDM
 from ..tracking import CHECKPOINT, check_store, open_run, start_run
+from ..about import system_metrics
+from .about import log_result, log_settings
 from .callbacks import (
     ConditionDropout, EMACallback, Noising, Objective, ShuffledMaskLoss, SigmaQuartileLoss, StreamPosition, TimeBox,
     WarmUpCosine, mean_loss, network_parameters)
@@ -30,7 +32,7 @@ from .checks import (
 from .config import (
     Decay, LearningRate, Positive, Precision, Preset, Recipe, Seed, Share, TrainConfig, trained_on)
 from .continuing import (
-    adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, log_settings, only_here,
+    adopt, check_room, check_same, checkpoint_of, facts_of, free_memory, largest_batch, only_here,
     out_of_memory, point_to_resume, resume_folder, tell_start, weights_of, writing_folder)
 from .model import SDMLearner, new_denoiser, standardize_values, start_from, tissue_model
 from ..processes import check_dealt, is_lost, is_main, several, world_size
@@ -198,6 +200,7 @@ def _fit_in_run(
     try:
         with closing(ProgressBar()) as bar, learn.no_bar(), learn.no_logging(), learn.in_processes():
             learn.fit(config.epochs, cbs=[*run_callbacks(learn, config), bar, writer], start_epoch=first)
+        log_result(learn, config)
     except Exception as e:
         if is_lost(e):
             raise CMRError('ended, since another process has; this goes on with it: '
@@ -218,7 +221,7 @@ def _train(cache, config, experiment, run_name, init, device, run_id, point: Res
         while True:
             try:
                 opened = start_run(experiment, run_name, run_id, resume=point is not None)
-                with only_here(run_id), opened as run, only_here(run.id):
+                with only_here(run_id), opened as run, only_here(run.id), system_metrics():
                     run_id = run.id
                     _fit_in_run(learn, config, point, digest, save_every, flag)
                 return run_id, None if run.folder is None else run.folder/CHECKPOINT
