@@ -1,6 +1,6 @@
 # make setup   .venv and the package in it     make test   what CI runs
 # make demo    setup, then the ten-minute demo make ui     the MLflow UI on this repository's runs
-# make docs    the documentation as a site, in site/
+# make docs    the documentation as a site, in site/ make screenshots  docs/ui_*.png
 # make clean   what can be made again; leaves .venv, demo/ and mlruns/
 
 SHELL := /bin/bash
@@ -14,7 +14,7 @@ DEV := $(VENV)/.installed-dev-$(STATE)
 DOCS := $(VENV)/.installed-docs-$(STATE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test ui docs clean
+.PHONY: setup demo test ui docs screenshots clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -45,6 +45,10 @@ test: $(DEV)
 
 ui: setup
 	@$(BIN)/cmr_ui
+
+# the pictures of the user interface in docs/ (chromium, chromium-driver)
+screenshots: $(DEV)
+	@$(BIN)/python docs/screenshots.py
 
 docs: $(DOCS)
 	@$(BIN)/python docs/make_site.py

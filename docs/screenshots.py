@@ -11,6 +11,7 @@ MISSING = 'no browser here: apt-get install chromium chromium-driver, and pip in
 PATIENCE = 90  # seconds that a page is given
 SHOWN = ("const all = [...document.images].filter(i => i.src.includes('get-artifact') && i.naturalWidth > 300);"
          "return all.map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
+TO_TOP = "for (const part of document.querySelectorAll('*')) part.scrollTop = 0"
 CHARTS = ("return [...document.querySelectorAll('.js-plotly-plot')].map(p => [p.querySelectorAll('.js-line').length,"
           " p.closest('[data-testid]')?.textContent || p.textContent])")
 
@@ -92,23 +93,23 @@ def train_two(folder, steps, init):
 def take(folder, out):
     "Take the pictures of the two runs of a store in `folder`."
     from PIL import Image
-    from cmr_diffusion.ui import compare_page, experiment_shown, is_free, runs_page, ui_server
+    from cmr_diffusion.ui import experiment_shown, is_free, runs_page, ui_server
     from cmr_diffusion.runs import find_run
     port = next(n for n in range(5050, 5150) if is_free(n))
     ids = json.loads((folder/'ids.json').read_text())
     names, experiment = [find_run(run_id).info.run_name for run_id in ids], experiment_shown('phantom')
-    with ui_server(port) as (address, _), browser(1400, 1030) as window:
+    with ui_server(port) as (address, _), browser(1400, 1200) as window:
         open_runs(window, runs_page(address, experiment), names)
         while next_step(window): pass
+        window.execute_script(TO_TOP)
         time.sleep(3)  # the last animation
         window.save_screenshot(folder/'ui_runs.png')
-        window.get(compare_page(address, experiment, ids))
-        until(lambda: 'learning_rate' in text_of(window), 'the comparison of parameters')
-        close_assistant(window)
+        grids_side_by_side(window)
         time.sleep(3)
         window.save_screenshot(folder/'ui_compare.png')
     for name in ('ui_runs.png', 'ui_compare.png'):
-        Image.open(folder/name).convert('RGB').quantize(64).save(out/name, optimize=True)
+        picture = Image.open(folder/name).convert('RGB').quantize(200, method=Image.Quantize.MEDIANCUT)
+        picture.save(out/name, optimize=True)
         print(out/name, f'{(out/name).stat().st_size // 1000} KB')
 
 
@@ -122,6 +123,17 @@ def next_step(window):
     until(lambda: float(slider.get_attribute('aria-valuenow')) > now, 'the next step of the slider')
     until(lambda: grids(window), 'the sample grids of this step')
     return True
+
+
+def grids_side_by_side(window):
+    "Show the chart of the sample grids in the whole window, as its button for the full screen does."
+    card = "//*[normalize-space(text())='samples/grid']/ancestor::*[.//*[@role='slider']][1]"
+    for button in window.find_element('xpath', card).find_elements('css selector', 'button'):
+        if 'fullscreen' in (button.get_attribute('data-component-id') or button.get_attribute('outerHTML')).lower():
+            window.execute_script('arguments[0].click()', button)
+            break
+    else: raise LookupError('this MLflow has no button for the full screen')
+    until(lambda: sum(shown > 400 for _, shown in grids(window)) > 1, 'two large grids')
 
 
 def main():

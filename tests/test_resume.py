@@ -586,7 +586,7 @@ def test_the_batch_is_halved_in_the_middle_of_a_training(cache, monkeypatch, cap
     run_id, _ = train(cache, settings(steps=8, checks=2, batch_size='auto'), device='cpu')
     assert 'too small for 4 slices per step. It goes on with half of them' in caplog.text
     run, state = find_run(run_id), last_point(run_id).state
-    assert run.info.status == 'FINISHED' and run.data.tags['resumed.train.batch_size'] == '2'
+    assert run.info.status == 'FINISHED' and run.data.tags['resumed.batch_size'] == '2'
     assert (state.step, state.facts.config['batch_size'], state.callbacks['tracking']['images']) == (8, 2, 4*4 + 4*2)
 
 
