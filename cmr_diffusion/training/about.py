@@ -75,8 +75,8 @@ def warn_of_warmup(
 ):
     "Warn where a training ends before its learning rate has risen."
     if steps is None or steps >= config.warmup: return
-    logger.warning('the learning rate rises over the first %d steps, and this training has %d: it never reaches %g; train '
-                   'longer, or in Python with TrainConfig(warmup=%d)', config.warmup, steps, config.learning_rate,
+    logger.warning('the learning rate rises over the first %d steps, and this training has %d: it never reaches %g; '
+                   'train longer, or in Python with TrainConfig(warmup=%d)', config.warmup, steps, config.learning_rate,
                    steps // 10)
 
 # %% ../../nbs/40h_training.about.ipynb #40hn019
