@@ -37,6 +37,7 @@ def began(
         try: state, *rest = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
         except OSError: return ''
         return '' if state in 'ZX' else rest[18]  # Z, X: it has ended, and nobody has asked how
+    if sys.platform == 'win32': return '0'  # os.kill(pid, 0) asks nothing there: it sends Ctrl-C
     try: os.kill(pid, 0)  # asks whether the process exists
     except ProcessLookupError: return ''
     except OSError: pass
