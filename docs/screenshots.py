@@ -95,10 +95,13 @@ def take(folder, out):
     from PIL import Image
     from cmr_diffusion.ui import experiment_shown, is_free, runs_page, ui_server
     from cmr_diffusion.runs import find_run
+    from cmr_diffusion.stores import open_client, tracking_uri
     port = next(n for n in range(5050, 5150) if is_free(n))
     ids = json.loads((folder/'ids.json').read_text())
     names, experiment = [find_run(run_id).info.run_name for run_id in ids], experiment_shown('phantom')
-    with ui_server(port) as (address, _), browser(1400, 1200) as window:
+    for run_id, colour in zip(ids, ('#d55e00', '#0072b2')):  # else MLflow takes any, perhaps the same twice
+        open_client(tracking_uri()).set_tag(run_id, 'mlflow.runColor', colour)
+    with ui_server(port) as (address, _), browser(1760, 1300) as window:
         open_runs(window, runs_page(address, experiment), names)
         while next_step(window): pass
         window.execute_script(TO_TOP)
@@ -108,8 +111,9 @@ def take(folder, out):
         time.sleep(3)
         window.save_screenshot(folder/'ui_compare.png')
     for name in ('ui_runs.png', 'ui_compare.png'):
-        picture = Image.open(folder/name).convert('RGB').quantize(200, method=Image.Quantize.MEDIANCUT)
-        picture.save(out/name, optimize=True)
+        picture = Image.open(folder/name).convert('RGB')
+        picture.thumbnail((1400, 1400))
+        picture.quantize(200, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out/name, optimize=True)
         print(out/name, f'{(out/name).stat().st_size // 1000} KB')
 
 
