@@ -152,7 +152,7 @@ def test_nothing_is_logged(runs):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['first'], '1 run: give two or more'), ([], 'are required: runs'), (['first', 'first'], 'is given twice'),
+    (['first'], '1 run: give two or more'), ([], 'are required: RUNS'), (['first', 'first'], 'is given twice'),
     (['first', 'nobody'], "'nobody' is no folder, and no run of that id or name"), (['first', ''], 'is no name'),
     (['first', 'twin'], "'twin' is that of 2 runs; give the id"), (list('abcdefg'), '7 runs cannot be told apart'),
     (['first', 'mlruns'], 'mlruns: is a folder, which has neither losses nor grids; give the name or the id of a run'),
@@ -170,7 +170,11 @@ def test_wrong_calls_end_in_one_line(runs, words, said):
 def test_the_command(runs):
     done = runs.here('cmr_compare', 'first', find_run('second').info.run_id, '--out', 'beside')
     assert done.returncode == 0 and done.stdout.startswith('Runs compared: first, second\n'), done.stderr
-    assert (runs.folder/'beside'/'comparison.html').is_file() and (runs.folder/'beside'/'comparison.png').is_file()
+    written = {file.name for file in (runs.folder/'beside').iterdir()}
+    assert {'comparison.html', 'comparison.png', '.gitignore'} <= written
+    found = json.loads(runs.here('cmr_compare', 'first', 'second', '--json', '--out', 'beside').stdout)
+    assert (found['step'], found['page'], list(found['runs'])) == (20, 'beside/comparison.html', ['first', 'second'])
+    assert [each['outcome'] for each in found['outcomes']] == [SAME, 'first', APART]
 
 
 def test_the_name_and_its_docstring():
