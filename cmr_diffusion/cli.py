@@ -36,6 +36,11 @@ def _painted(folder: Path) -> dict:
     names = ('images', 'run_id', 'seed', 'sampler', 'steps', 'guidance', 'precision', 'clipped_share')
     return {name: getattr(settings, name) for name in names}
 
+def _complete(out: Path) -> str:
+    "Say which parts of a demo are complete."
+    done = [name for name in ('phantom', 'cache', 'synthetic') if (out/name).is_dir()]
+    return f'complete in {out}: {", ".join(done) or "nothing yet"}; cmr_demo begins again, as it is a demo'
+
 def _found(report) -> dict:
     "Return the facts of an evaluation."
     verdicts = [dict(part=v.part, tone=v.tone, text=v.text) for v in report.verdicts]
@@ -173,12 +178,14 @@ def cmr_demo(
     config = TrainConfig('tiny', minutes=minutes, batch_size=16, learning_rate=1e-3, checks=5, seed=seed)
     for name, kind in dict(phantom='phantom', cache='cache', synthetic='cohort').items(): check_result(out/name, kind)
     check_store(write=True)
+    if_stopped(lambda: _complete(out))
     logger.info('1/5 a phantom cohort of %d patients: %s', patients, out/'phantom')
     table = read_cohort(make_phantom(out/'phantom', patients=patients, seed=seed), seed=seed)
     logger.info('2/5 the cache: %s', out/'cache')
     cache = prepare(table, out/'cache', geometry)
     logger.info('    %s\n3/5 training for %g minutes', counted(cache.table), minutes)
     run_id, _ = train(cache, config, 'demo', device=device)
+    if_stopped(lambda: _complete(out) + f'; the model is in the run {run_id}')
     logger.info('4/5 painting: %s', out/'synthetic')
     settings = dict(guidance=guidance, steps=steps, seed=seed, device=device)
     synthesize(run_id, cache, out/'synthetic', ('train', 'test'), **settings)

@@ -6,10 +6,11 @@
 __all__ = ['hide_from_git']
 
 # %% ../nbs/00fa_hidden_results.ipynb #00fan002
-import os
+import os, shutil
 from collections.abc import Iterable
 
 from .core import logger
+from .marks import mark_of
 from .rooms import Room
 
 # %% ../nbs/00fa_hidden_results.ipynb #00fan005
@@ -23,5 +24,6 @@ def hide_from_git(
     if os.path.lexists(there) and not there.read_text(errors='replace').startswith(about):
         line = '%s: stays as it is, so git may take what shows patients; let it name %s'
         logger.warning(line, there, ', '.join(names))
+        if '.gitignore' in mark_of(room.place)[0].get('files', {}): shutil.copy(there, room/'.gitignore')  # once ours
         return
     (room/'.gitignore').write_text('\n'.join((about, *names, '')))

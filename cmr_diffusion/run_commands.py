@@ -6,6 +6,8 @@
 __all__ = ['cmr_sync', 'cmr_ui', 'cmr_compare']
 
 # %% ../nbs/70b_run_commands.ipynb #70bn002
+from .interrupts import catch_early, if_stopped
+catch_early()
 import signal, threading
 from contextlib import contextmanager
 from typing import Annotated
@@ -14,7 +16,6 @@ from annotated_types import Interval
 
 from .command_line import command
 from .core import logger
-from .interrupts import if_stopped
 from .outcome import Outcome
 
 # %% ../nbs/70b_run_commands.ipynb #70bn005

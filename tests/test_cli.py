@@ -101,8 +101,9 @@ def test_a_training_that_is_stopped_goes_on(place, cache):
     for line in training.stderr:
         if line.startswith('look at it'): break
     training.send_signal(signal.SIGTERM)
-    *_, told, line = training.stderr.read().splitlines()
-    assert training.wait(60) == 143 and re.search('stopped after step [0-9]+; this goes on with it', told), told
+    *_, told = training.stderr.read().splitlines()
+    assert training.wait(60) == 143 and re.search('^cmr_train: stopped after step [0-9]+; go on with: ', told), told
+    line = told.partition('go on with: ')[2]
     program, folder, *resume = line.split()
     assert (program, folder, resume[0]) == ('cmr_train', str(cache), '--resume')
     one_line(place.here('cmr_train', cache, *resume, '--steps', 50, '--device', 'cpu'), '--steps 50', 'has 40')

@@ -244,7 +244,7 @@ def straight(folder):
 def test_a_training_of_two_is_one_run(folder, straight):
     done = torchrun(folder, '-m', 'cmr_diffusion', 'train', 'cache', *OPTIONS, '--run-name', 'two')
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ['run', 'model', 'look']  # what one process prints
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ['run', 'model', 'look', 'then']  # of one process
     assert points('two') == pytest.approx(straight, rel=1e-4)
     assert straight['train/images', 4] == 16 and straight['images'] and straight['checkpoint']
 

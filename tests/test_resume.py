@@ -274,7 +274,7 @@ def test_stopped_by_a_signal(cache, straight, also, caplog, when):
     also(At(step, lambda: os.kill(os.getpid(), number), event, training))
     with pytest.raises(stopping.Stopped) as error: train(cache, settings(), device='cpu', run_name=when)
     run = find_run(when)
-    assert str(error.value).splitlines()[-1] == f'cmr_train {cache.folder} --resume {run.info.run_id}'
+    assert str(error.value).endswith(f'; go on with: cmr_train {cache.folder} --resume {run.info.run_id}')
     assert f'stopped after step {step}' in str(error.value) and error.value.code == 128 + number
     assert run.info.status == 'KILLED' and last_point(run.info.run_id).state.step == step
     assert [signal.getsignal(n) for n in own] == handlers

@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import CMRError, logger, stable_seed, Stopped
+from ..interrupts import if_stopped
 from ..processes import any_process, is_main, rank, world_size
 from .callbacks import objective_of
 from .checks import CheckpointWriter
@@ -142,12 +143,14 @@ def write(self: ResumeWriter,
         raise CMRError(f'the resume point of step {step} cannot be written: {e}. Then go on from step {self.last}: '
                        f'{resume_line(self.dls.cache.folder, self.facts.run_id)}') from e
     self.last, self.saved = step, self.clock()
+    line = resume_line(self.dls.cache.folder, self.facts.run_id)
+    if_stopped(f'step {step} of the training is kept; go on with: {line}')
 
 @patch
 def end(self: ResumeWriter):
     "End the training; its last resume point has just been written."
     line = resume_line(self.dls.cache.folder, self.facts.run_id)
-    raise Stopped(f'stopped after step {objective_of(self.learn).steps}; this goes on with it:\n{line}',
+    raise Stopped(f'stopped after step {objective_of(self.learn).steps}; go on with: {line}',
                   self.flag.number or signal.SIGTERM)
 
 # %% ../../nbs/40f_training.stopping.ipynb #40fn047
