@@ -111,6 +111,7 @@ def cmr_train(
         preset=preset, recipe=recipe, steps=steps, minutes=minutes, batch_size=batch_size_of(batch_size),
         learning_rate=learning_rate, balance=balance, tissue_values=tissue_values, precision=precision,
         checkpointing=checkpointing, compile=compile, checks=checks, seed=seed))
+    if_stopped('no further step is kept; the same command begins again')
     run_id, folder = train(CohortCache.load(cache), config, experiment, run_name, init, choose_device(device),
                            resume=resume, save_every=save_every)
     if not is_main(): return Outcome()
