@@ -64,7 +64,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def _needed(action):
     "Write down how an argument that has to be typed is typed."
-    return ' '.join(filter(None, (*action.option_strings[:1], action.metavar)))
+    several = '...' if action.nargs in ('+', '*') else None
+    return ' '.join(filter(None, (*action.option_strings[:1], action.metavar, several)))
 
 def readable(
     parser: argparse.ArgumentParser,  # of `anno_parser`, and further options
