@@ -138,7 +138,7 @@ def _draw_panel(ax, rows, colours):
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - .4, -.6)
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.set_title(rows.panel.iloc[0], fontsize=TEXT)
+    ax.set_title(rows.panel.iloc[0], fontsize=TEXT, loc='right')  # there is room to its left, above the names
     ax.spines[['top', 'right']].set_visible(False)
 
 # %% ../nbs/01ba_side_by_side.ipynb #01ban024
