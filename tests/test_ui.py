@@ -66,8 +66,8 @@ def served(store):
         assert process.poll() is None, said.read_text()
         yield re.search(r'open (http\S+)', said.read_text())[1], process, said
     finally:
-        if process.poll() is None: process.kill()
-        process.wait()
+        if process.poll() is None: process.terminate()  # which ends the server, too
+        process.wait(60)
 
 
 @pytest.fixture(scope='module')
