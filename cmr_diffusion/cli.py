@@ -50,7 +50,8 @@ def _found(report) -> dict:
 # %% ../nbs/70_cli.ipynb #500019
 @command
 def cmr_sample(
-    run: str,  # model that paints: name or id of a run, or a checkpoint folder
+    # model that paints: name or id of a run, a checkpoint folder, models:/NAME/VERSION, or example:phantom
+    run: str,
     masks: Annotated[str, 'cache or folder of a cohort whose label maps are painted, or phantom:200 for drawn ones',
                      dict(opt=True, required=True)],
     out: str,  # folder to write the synthetic cohort to; an older one there is replaced
