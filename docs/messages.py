@@ -98,9 +98,9 @@ def page():
     count = sum(len(part) for part in parts.values())
     lines = ['# Messages', '', f'The {count} messages of the commands and of the functions that they call, as they are '
              'in the code. Search this page for a part of the line that you met that holds no name or number of '
-             'yours; `…` stands for what differs from case to case. Most lines begin with the file or the option that they are '
-             'about, and end with what to do. An **error** ends a command with exit code 2 and replaces no finished '
-             'result; after a **warning**, the command goes on. A '
+             'yours; `…` stands for what differs from case to case. Most lines begin with the file or the option that '
+             'they are about, and end with what to do. An **error** ends a command with exit code 2 and replaces no '
+             'finished result; after a **warning**, the command goes on. A '
              '**finding** is about one file of a cohort: `cmr_check` lists it, and the slice is left out.', '',
              'This page is made from the code: `python docs/messages.py`.', '']
     for module, part in parts.items():
