@@ -117,10 +117,11 @@ def test_a_result_of_another_kind_is_not_replaced(place, words, tmp_path, cache)
 
 @pytest.mark.parametrize('name', ('cmr_phantom', 'cmr_prepare', 'cmr_sample'))
 def test_results_of_earlier_versions_are_known(place, words, tmp_path, name):
-    "They have no mark; a file of somebody else in them stays, too."
+    "They have neither a mark nor a .gitignore; a file of somebody else in them stays, too."
     out = tmp_path/'out'
     assert place.here(name, *words(name, out)).returncode == 0
     (out/MARK).unlink()
+    (out/'.gitignore').unlink(missing_ok=True)
     (out/'thesis.txt').write_text('years of work')
     refused(place.here(name, *words(name, out, other=True)), 'holds thesis.txt')
     (out/'thesis.txt').unlink()

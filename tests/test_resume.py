@@ -610,10 +610,13 @@ def test_odd_batches(size):
 def test_the_first_lines(cache, caplog):
     caplog.set_level('INFO')
     run_id, _ = train(cache, settings(steps=2, checks=1, minutes=5.), device='cpu', run_name='lines')
-    lines = [r.message for r in caplog.records if r.name.startswith('cmr_diffusion')][:5]
+    told = [r for r in caplog.records if r.name.startswith('cmr_diffusion')]
+    assert 'it never reaches' in told[0].message and told[0].levelname == 'WARNING'  # two steps are no warm-up
+    lines = [r.message for r in told if r.levelname == 'INFO'][:5]
     assert lines[:4] == [f'run lines ({run_id})', 'device cpu, precision float32, 2 slices per step',
                          '18 slices to train on, 6 to validate on', '2 steps or 5 minutes']
-    assert lines[4].startswith('look at it: ') and not any('\n' in line for line in lines)
+    assert lines[4].startswith('look at it: cmr_ui\n  then open http') and run_id in lines[4]
+    assert not any('\n' in line for line in lines[:4])
 
 
 # A longer list of channels

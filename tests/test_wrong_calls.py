@@ -105,7 +105,7 @@ def places():
     yield 'cmr_sync', ['now'], 'now'
     yield 'cmr_ui', ['--no-such-option'], 'no-such-option'
     yield 'cmr_ui', ['--experiment', 'no such'], "--experiment 'no such'"
-    for port in (0, 65_536, 'x'): yield 'cmr_ui', ['--port', port], '--port'
+    for port in ('0', '65536', 'x'): yield 'cmr_ui', ['--port', port], '--port'
     for name in ('run-name', 'experiment'):
         yield 'cmr_train', ['{cache}', '--resume', 'some_run', f'--{name}', 'other'], f'--{name}'
     for path in ('no/such', '{junk}', '{empty}', '{image}', '{model}/config.json'):
