@@ -188,12 +188,12 @@ def end_to_end(scratch):
 
 
 def groups_of_tests():
-    "Files that a process each may run: those that look at the tiny pipeline of conftest.py together, others by fours."
+    "Files that a process each may run: those that look at the pipeline of conftest.py in halves, others by fours."
     files = sorted((ROOT/'tests').glob('test_*.py'), key=lambda f: -f.stat().st_size)
     pipeline = [f for f in files if re.search(r'def test.*\b(place|trained|synthetic|store)\b.*:', f.read_text())]
     others = [f for f in files if f not in pipeline]
     count = -(-len(others)//4)
-    return [pipeline] + [others[n::count] for n in range(count)]
+    return [pipeline[::2], pipeline[1::2]] + [others[n::count] for n in range(count)]
 
 
 def failed(case):
