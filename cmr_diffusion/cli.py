@@ -6,7 +6,7 @@
 __all__ = ['cmr_sample', 'cmr_evaluate', 'cmr_demo', 'cmr_phantom', 'cmr_check', 'cmr_prepare', 'cmr_train']
 
 # %% ../nbs/70_cli.ipynb #700i00
-from .interrupts import catch_early, if_stopped
+from .interrupts import catch_early, if_stopped, kept
 catch_early()
 
 # %% ../nbs/70_cli.ipynb #70n000
@@ -189,7 +189,10 @@ def cmr_demo(
     if_stopped(lambda: _complete(out) + f'; the model is in the run {run_id}')
     logger.info('4/5 painting: %s', out/'synthetic')
     settings = dict(guidance=guidance, steps=steps, seed=seed, device=device)
-    synthesize(run_id, cache, out/'synthetic', ('train', 'test'), **settings)
+    try: synthesize(run_id, cache, out/'synthetic', ('train', 'test'), **settings)
+    except KeyboardInterrupt as e:  # the demo does not go on with what is painted, and must not say so
+        e.args = (f'stopped; {kept()}',)
+        raise
     logger.info('5/5 evaluation')
     report = evaluate(cache, out/'synthetic', quick=True, seed=seed, device=device)
     facts = dict(folder=out, phantom=out/'phantom', cache=out/'cache', synthetic=out/'synthetic', run_id=run_id)

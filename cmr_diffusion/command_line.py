@@ -174,12 +174,20 @@ def _outcome(func) -> Outcome:
         return Outcome(code=2, reason=as_typed(str(e), func))
 
 # %% ../nbs/69_command_line.ipynb #69n029
+def _print(text: str) -> str:  # what went wrong, or ''
+    "Print on standard output; a reader that has gone away, as `head -1` does, is no fault."
+    try:
+        if text and sys.stdout is not None: print(text, flush=True)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        if not isinstance(e, BrokenPipeError): return f'the outcome cannot be written to standard output: {e.strerror}'
+    return ''
+
 def _tell(outcome, name, as_json):
     "Print an outcome, and return its exit code."
-    if as_json: print(outcome.json(name), flush=True)
-    elif outcome.lines: print(outcome, flush=True)
-    if outcome.reason: print(f'{name}: {outcome.reason}', file=sys.stderr)
-    return outcome.code
+    fault = _print(outcome.json(name) if as_json else str(outcome) if outcome.lines else '')
+    for reason in filter(None, (outcome.reason, fault)): print(f'{name}: {reason}', file=sys.stderr)
+    return outcome.code or 2 * bool(fault)
 
 def _run(func) -> int:
     "Run a command with what was typed, and return its exit code."

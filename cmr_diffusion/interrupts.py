@@ -10,6 +10,7 @@ import _thread, os, signal, sys, threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 # %% ../nbs/00j_interrupts.ipynb #68n005
 class Interrupt:
@@ -17,6 +18,7 @@ class Interrupt:
     begun = False  # whether a command has begun its work
     asked = False  # whether Ctrl-C has come since
     kept: Callable[[], str] | str = ''  # what to say that was kept, and how to go on
+    servers: ClassVar[list] = []  # processes that must not outlive this one
 
 def end_now(
     name: str,  # of the command
@@ -24,6 +26,7 @@ def end_now(
     number: int = signal.SIGINT,  # of the signal
 ):
     "Write one line, and end the process without any tidying up; its exit code is that of the signal."
+    for process in Interrupt.servers: process.terminate()
     os.write(2, f'{name}: {text}\n'.encode(errors='replace'))
     os._exit(128 + number)
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from .core import CMRError, logger
+from .interrupts import Interrupt
 from .runs import check_store, find_run
 from .stores import (
     open_client, runs_folder, scheme_of, shown, store_errors, store_exists, tracking_uri)
@@ -224,10 +225,13 @@ def ui_server(
         with log.open('w') as file:
             process = subprocess.Popen(command or server_command(port), env=server_environment(uri), cwd=folder,
                                        stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        Interrupt.servers.append(process)  # a second Ctrl-C ends it, too
         try:
             wait_until_up(process, address, log)
             yield address, process
-        finally: _end(process)
+        finally:
+            _end(process)
+            Interrupt.servers.remove(process)
 
 # %% ../nbs/02c_ui.ipynb #02cn035
 def tunnel_line(

@@ -15,6 +15,9 @@ HEAD = '''\
 # environment of Python {python} ({system}) with the extras {extras}.
 '''
 
+# newer ones refuse Python 3.11.0 to 3.11.4, and Debian 12 has 3.11.2
+OLDER = {'pymdown-extensions': '12.3', 'soupsieve': '2.10'}
+
 
 def settings():
     "The requirements of settings.ini: '' or the name of an extra -> list of requirements."
@@ -52,7 +55,7 @@ def constraints():
         print(f'not installed here, so no line of the file is removed: {", ".join(sorted(missing))}', file=sys.stderr)
     python, system = '.'.join(map(str, sys.version_info[:3])), sys.platform
     head = HEAD.format(python=python, system=system, extras=', '.join(name for name in extras if name))
-    return head + ''.join(f'{name}=={version}\n' for name, version in packages.items())
+    return head + ''.join(f'{name}=={OLDER.get(name, version)}\n' for name, version in packages.items())
 
 
 if __name__ == '__main__': (ROOT/'constraints.txt').write_text(constraints(), encoding='utf-8')

@@ -1,5 +1,6 @@
 """A command tells its outcome: lines for a person, one JSON object for a script, an object for a caller in Python."""
 import json, os, subprocess, sys
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,12 @@ def test_a_folder_with_other_files_is_not_left_out_of_git(outcomes):
     (at/'.gitignore').write_text('*.log\n')
     done = place.here('cmr_check', 'phantom', '--out', 'other')
     assert done.returncode == 0 and (at/'.gitignore').read_text() == '*.log\n'
+
+
+def test_a_reader_that_goes_away_is_no_fault(place, phantom):
+    "As `head -1` does; a full disk is one."
+    script = Path(sys.executable).with_name('cmr_check')
+    for target, code, said in (('| true', 0, ''), ('> /dev/full', 2, 'cannot be written to standard output')):
+        line = f'set -o pipefail; {script} {phantom} --out {place.folder}/piped {target}'
+        done = subprocess.run(['bash', '-c', line], env=place.env, capture_output=True, text=True)
+        assert done.returncode == code and 'Traceback' not in done.stderr and said in done.stderr, done.stderr

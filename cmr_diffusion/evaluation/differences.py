@@ -153,6 +153,8 @@ def _about_settings(settings, runs):
     words = [f'{name} ({" / ".join(row)})' for (group, name), row in zip(settings.index, settings.to_numpy())
              if group in _BY_HAND and name not in _FROM_IT]
     if words: return Verdict('', '', f'Settings that differ: {", ".join(words)}')
+    bare = [name for name, run in runs.items() if not run.settings]
+    if bare: return Verdict('', 'open', f'Settings: none are recorded of {", ".join(bare)}')
     return Verdict('', '', 'Settings: those of the training are the same in all runs')
 
 # %% ../../nbs/66d_evaluation.differences.ipynb #66dn059

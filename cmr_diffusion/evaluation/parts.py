@@ -71,6 +71,12 @@ class Subject:
     device: str | None = None  # 'cpu' or 'cuda'; None: a GPU where there is one
 
 # %% ../../nbs/65a_evaluation.parts.ipynb #65an043
+def _example_of(root: Path, device: str | None) -> Checkpoint | None:
+    "Load the model that comes with the package, where it has painted a cohort."
+    if not (root/MANIFEST).is_file(): return None
+    found = load_checkpoint('example:phantom', device or 'cpu')
+    return found if set(pd.read_parquet(root/MANIFEST, columns=['checkpoint']).checkpoint) == {found.digest()} else None
+
 def model_of(
     root: Path,  # folder of the synthetic cohort
     settings: SynthesisSettings | None,  # of the cohort
@@ -79,7 +85,7 @@ def model_of(
 ) -> Checkpoint | None:  # None where it is not at hand
     "Load the model that painted a cohort; `CMRError` where the one that is given did not paint it."
     name = model if model is not None else settings.run_id if settings is not None else None
-    if name is None: return None
+    if name is None: return _example_of(root, device)
     try:
         found = load_checkpoint(resolve_run(name), device)
         fast(found.model)

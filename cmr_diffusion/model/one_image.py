@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import CMRError, PADDING, Slice, STRUCTURES
+from ..core import BACKGROUND, CMRError, PADDING, Slice, STRUCTURES
 from ..grid.geometry import GridSlice, place, unplace
 from .checkpoint import Checkpoint, load_checkpoint
 from .painting import paint
@@ -21,20 +21,22 @@ from ..validation import WrongValue
 # %% ../../nbs/37b_model.one_image.ipynb #37bn005
 def _checked_labels(label_map) -> np.ndarray:  # (rows, columns) uint8
     "Return a label map as it is kept everywhere; raise `CMRError` where it is none."
-    labels, known = np.asarray(label_map), ', '.join(f'{n} {name}' for n, name in enumerate(STRUCTURES))
+    known = ', '.join(f'{n} {name}' for n, name in enumerate(STRUCTURES))
+    try: labels = np.asarray(label_map)
+    except ValueError: raise CMRError('label map with rows of several lengths: give an array (rows, columns)') from None
     if labels.ndim != 2 or labels.size == 0:
         raise CMRError(f'label map of shape {labels.shape}: give one slice, an array (rows, columns)')
-    if labels.dtype.kind not in 'biu': raise CMRError(f'label map of {labels.dtype}: give whole numbers: {known}')
+    if labels.dtype.kind not in 'iu': raise CMRError(f'label map of {labels.dtype}: give whole numbers: {known}')
     numbers = [int(n) for n in np.unique(labels) if not (0 <= n < len(STRUCTURES) or n == PADDING)]
     if numbers: raise CMRError(f'label map with the number {numbers[0]}: give {known}')
     return labels.astype(np.uint8)
 
-def _checked_spacing(spacing) -> tuple[float, float]:  # mm
+def _checked_spacing(spacing, name: str = 'spacing') -> tuple[float, float]:  # mm
     "Return row and column spacing; raise `CMRError` where they are none."
     try: rows, columns = map(float, spacing if isinstance(spacing, (tuple, list, np.ndarray)) else (spacing, spacing))
     except (TypeError, ValueError): rows = columns = 0.
     if .05 <= rows <= 50 and .05 <= columns <= 50: return rows, columns
-    raise WrongValue('spacing', spacing, 'give the pixel spacing in mm, 0.05 to 50, or that of rows and of columns')
+    raise WrongValue(name, spacing, 'give the pixel spacing in mm, 0.05 to 50, or that of rows and of columns')
 
 # %% ../../nbs/37b_model.one_image.ipynb #37bn007
 def _on_grid(checkpoint: Checkpoint, cmr_slice: Slice, painted_spacing: float | None) -> GridSlice:
@@ -43,8 +45,15 @@ def _on_grid(checkpoint: Checkpoint, cmr_slice: Slice, painted_spacing: float | 
     if painted_spacing is None and labels.shape == (size, size):
         return GridSlice(cmr_slice.pixels, labels, cmr_slice.spacing, cmr_slice.type)
     geometry = checkpoint.geometry
-    if painted_spacing is not None: geometry = replace(geometry, spacing=_checked_spacing(painted_spacing)[0])
-    return place(cmr_slice, geometry)
+    if painted_spacing is not None:
+        geometry = replace(geometry, spacing=_checked_spacing(painted_spacing, 'painted_spacing')[0])
+    if not ((labels > BACKGROUND) & (labels < PADDING)).any():
+        raise CMRError(f'label map {labels.shape} without a heart: only one of {size} x {size} pixels can be painted')
+    grid = place(cmr_slice, geometry)
+    lost = [STRUCTURES[n] for n in np.setdiff1d(labels, [*np.unique(grid.labels), PADDING])]
+    if not lost: return grid
+    raise CMRError(f'label map {labels.shape} of {cmr_slice.spacing[0]:g} mm: {", ".join(lost)} is not within the '
+                   f'window of {size} pixels of {grid.spacing[0]:g} mm; check the spacing, or give painted_spacing')
 
 # %% ../../nbs/37b_model.one_image.ipynb #37bn008
 def paint_label_map(
@@ -83,7 +92,9 @@ def paint_label_map(
 
     Source: Wang et al. 2022 (arXiv 2207.00050).
     """
-    if not isinstance(checkpoint, Checkpoint): checkpoint = load_checkpoint(checkpoint)
+    if isinstance(checkpoint, (str, Path)): checkpoint = load_checkpoint(checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        raise CMRError(f'checkpoint {checkpoint!r}: give what load_checkpoint gives, or a checkpoint folder')
     labels = _checked_labels(label_map)
     empty = Slice(np.zeros(labels.shape, np.float32), _checked_spacing(spacing), image_type, labels, robust_max=1.)
     checkpoint.spec.structures(image_type)  # raises where the model does not know the type
