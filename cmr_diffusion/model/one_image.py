@@ -50,10 +50,10 @@ def _on_grid(checkpoint: Checkpoint, cmr_slice: Slice, painted_spacing: float | 
     if not ((labels > BACKGROUND) & (labels < PADDING)).any():
         raise CMRError(f'label map {labels.shape} without a heart: only one of {size} x {size} pixels can be painted')
     grid = place(cmr_slice, geometry)
-    lost = [STRUCTURES[n] for n in np.setdiff1d(labels, [*np.unique(grid.labels), PADDING])]
+    lost = [STRUCTURES[n] for n in np.setdiff1d(labels, [*np.unique(grid.labels), BACKGROUND, PADDING])]
     if not lost: return grid
-    raise CMRError(f'label map {labels.shape} of {cmr_slice.spacing[0]:g} mm: {", ".join(lost)} is not within the '
-                   f'window of {size} pixels of {grid.spacing[0]:g} mm; check the spacing, or give painted_spacing')
+    raise CMRError(f'label map {labels.shape} of {cmr_slice.spacing[0]:g} mm: the window of {size} pixels of '
+                   f'{grid.spacing[0]:g} mm lacks {", ".join(lost)}; check the spacing, or give painted_spacing')
 
 # %% ../../nbs/37b_model.one_image.ipynb #37bn008
 def paint_label_map(
