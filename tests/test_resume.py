@@ -615,7 +615,7 @@ def test_the_first_lines(cache, caplog):
     lines = [r.message for r in told if r.levelname == 'INFO'][:5]
     assert lines[:4] == [f'run lines ({run_id})', 'device cpu, precision float32, 2 slices per step',
                          '18 slices to train on, 6 to validate on', '2 steps or 5 minutes']
-    assert lines[4].startswith('look at it: cmr_ui\n  then open http') and run_id in lines[4]
+    assert lines[4].startswith('look at it: ') and 'cmr_ui\n  then open http' in lines[4] and run_id in lines[4]
     assert not any('\n' in line for line in lines[:4])
 
 

@@ -5,7 +5,7 @@ of a command or a notebook, writes there which messages of the package it has me
 import importlib.abc, importlib.machinery, os, sys
 
 TARGET = os.environ.get('CMR_RECORD_MESSAGES')
-PASSING = ('refuse', '__init__', 'emit')  # which make a message of what they are given
+PASSING = ('refuse', 'emit')  # which make a message of what they are given, as an error's own `__init__` does
 
 
 def note(path, line):
@@ -23,8 +23,11 @@ def record(core):
     before = core.CMRError.__init__
 
     def __init__(self, *args, **kwargs):
+        def passes_on(frame):
+            if frame.f_code.co_name in PASSING: return True
+            return frame.f_code.co_name == '__init__' and isinstance(frame.f_locals.get('self'), core.CMRError)
         frame = sys._getframe(1)
-        while frame and frame.f_code.co_name in PASSING: frame = frame.f_back
+        while frame and passes_on(frame): frame = frame.f_back
         if frame: note(frame.f_code.co_filename, frame.f_lineno)
         before(self, *args, **kwargs)
     core.CMRError.__init__ = __init__
