@@ -1,5 +1,5 @@
 # make setup   .venv and the package in it     make test   what CI runs
-# make demo    setup, then the ten-minute demo make ui     the MLflow UI on this repository's runs
+# make demo    setup, then the demo, 5 minutes make ui     the MLflow UI on this repository's runs
 # make docs    the documentation as a site, in site/ make screenshots  docs/ui_*.png
 # make clean   what can be made again; leaves .venv, demo/ and mlruns/
 

@@ -154,8 +154,8 @@ def cmr_evaluate(
 @command
 def cmr_demo(
     out: str = 'demo',  # folder to work in; the demo's own folders in it are replaced
-    # length of the training in minutes; on two cores without a GPU, the rest takes about as long
-    minutes: Minutes = 5.0,
+    # length of the training in minutes; on two cores without a GPU, the rest takes about a minute and a half
+    minutes: Minutes = 4.0,
     patients: Annotated[int, Interval(ge=2, le=100_000)] = 24,  # number of patients of the phantom
     size: int = 48,  # pixels per side of the square grid
     spacing: str = '2.0-3.0',  # size of the grid's pixels in mm, or a range from which each sample draws
@@ -167,7 +167,7 @@ def cmr_demo(
 ) -> Outcome:
     """Phantom, prepare, train, sample, evaluate: the whole way, small.
 
-    Example: cmr_demo --minutes 5"""
+    Example: cmr_demo --minutes 10"""
     from cmr_diffusion.extras import require
     require('evaluate')
     from cmr_diffusion import Geometry, TrainConfig, evaluate, make_phantom, prepare, read_cohort, synthesize, train
