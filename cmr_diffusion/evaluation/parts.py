@@ -71,11 +71,16 @@ class Subject:
     device: str | None = None  # 'cpu' or 'cuda'; None: a GPU where there is one
 
 # %% ../../nbs/65a_evaluation.parts.ipynb #65an043
+def _painted_with(root: Path) -> set[str]:
+    "The digests of the weights that painted a cohort; none where its table of images is missing."
+    table = root/MANIFEST
+    return set(pd.read_parquet(table, columns=['checkpoint']).checkpoint) if table.is_file() else set()
+
 def _example_of(root: Path, device: str | None) -> Checkpoint | None:
     "Load the model that comes with the package, where it has painted a cohort."
-    if not (root/MANIFEST).is_file(): return None
+    if not _painted_with(root): return None
     found = load_checkpoint('example:phantom', device or 'cpu')
-    return found if set(pd.read_parquet(root/MANIFEST, columns=['checkpoint']).checkpoint) == {found.digest()} else None
+    return found if _painted_with(root) == {found.digest()} else None
 
 def model_of(
     root: Path,  # folder of the synthetic cohort
@@ -93,9 +98,7 @@ def model_of(
         if model is not None: raise
         logger.warning('%s; what needs the model is not assessed (--model names it)', e)
         return None
-    if not (root/MANIFEST).is_file(): return found
-    painted_with = set(pd.read_parquet(root/MANIFEST, columns=['checkpoint']).checkpoint)
-    if painted_with == {found.digest()}: return found
+    if _painted_with(root) in (set(), {found.digest()}): return found
     problem = f'{name}: has other weights than those that painted {root.name}'
     if model is not None: raise CMRError(f'{problem}; name the model that did')
     logger.warning('%s, perhaps since it was trained further; what needs the model is not assessed', problem)
